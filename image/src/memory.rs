@@ -1,0 +1,88 @@
+//! One way to read memory, whatever is behind it: pages of an image, a frozen process, a COW child, or an
+//! image with a patch over it.
+
+use crate::Addr;
+
+/// A range of readable memory, half open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// First address.
+    pub start: Addr,
+    /// One past the last address.
+    pub end: Addr,
+    /// `PROT_*` bits.
+    pub prot: u32,
+    /// Path, `[heap]`, `[stack]`, or empty.
+    pub name: String,
+}
+
+/// Why memory could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// No readable mapping covers the range.
+    #[error("no readable memory at {addr} ({len} bytes)")]
+    Unmapped {
+        /// Start of the failed read.
+        addr: Addr,
+        /// Its length in bytes.
+        len: usize,
+    },
+    /// The backing store failed.
+    #[error("reading {len} bytes at {addr}: {source}")]
+    Io {
+        /// Start of the failed read.
+        addr: Addr,
+        /// Its length in bytes.
+        len: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Memory that can be read at virtual addresses.
+pub trait Memory: Send + Sync {
+    /// Fills `buf` from `addr`, or fails without a partial result that anyone may use.
+    fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError>;
+
+    /// The readable regions, ascending and disjoint.
+    fn regions(&self) -> Vec<Region>;
+
+    /// Reads `len` bytes.
+    fn bytes(&self, addr: Addr, len: usize) -> Result<Vec<u8>, MemoryError> {
+        let mut v = vec![0; len];
+        self.read(addr, &mut v)?;
+        Ok(v)
+    }
+
+    /// Reads a little-endian 64-bit word.
+    fn u64(&self, addr: Addr) -> Result<u64, MemoryError> {
+        let mut b = [0; 8];
+        self.read(addr, &mut b)?;
+        Ok(u64::from_le_bytes(b))
+    }
+
+    /// Reads a little-endian 32-bit word.
+    fn u32(&self, addr: Addr) -> Result<u32, MemoryError> {
+        let mut b = [0; 4];
+        self.read(addr, &mut b)?;
+        Ok(u32::from_le_bytes(b))
+    }
+
+    /// Reads a NUL-terminated string of at most `max` bytes (without the NUL).
+    fn cstr(&self, addr: Addr, max: usize) -> Result<Vec<u8>, MemoryError> {
+        let mut out = Vec::new();
+        let mut at = addr;
+        while out.len() < max {
+            // Up to the next page border, so that a string at the end of a mapping can be read.
+            let step = (4096 - (at.0 & 4095) as usize).min(max - out.len());
+            let chunk = self.bytes(at, step)?;
+            if let Some(n) = chunk.iter().position(|&b| b == 0) {
+                out.extend_from_slice(&chunk[..n]);
+                return Ok(out);
+            }
+            out.extend_from_slice(&chunk);
+            at = at.add(step as u64);
+        }
+        Ok(out)
+    }
+}

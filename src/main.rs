@@ -1,0 +1,2 @@
+//! `mcr`: live update and checkpoint/restore for running Linux servers.
+fn main() {}
