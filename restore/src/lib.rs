@@ -1,1 +1,3 @@
-//! TODO
+//! From image to process: rebuild, boot, link, apply, transaction.
+
+pub mod link;
