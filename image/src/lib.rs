@@ -4,14 +4,29 @@
 #![deny(unsafe_code)]
 
 mod addr;
+mod cache;
+mod error;
+mod format;
+mod image;
+mod image_memory;
+mod map;
 mod memory;
+mod output;
+mod pool;
 /// The messages of `schema/*.proto`.
 #[allow(missing_docs, clippy::all)]
 pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/mcr.rs"));
 }
 mod regs;
+mod update;
+mod writer;
 
 pub use addr::{Addr, Fd, LinkAddr, Pid, Tid};
+pub use error::ImageError;
+pub use format::{PAGE, RecordKind};
+pub use image::Image;
+pub use image_memory::{ImageMemory, Stored};
 pub use memory::{Memory, MemoryError, Region};
 pub use regs::Regs;
+pub use writer::{ImageWriter, WriterOptions, Written, is_zero};

@@ -47,6 +47,32 @@ pub trait Memory: Send + Sync {
     /// The readable regions, ascending and disjoint.
     fn regions(&self) -> Vec<Region>;
 
+    /// Calls `f` with the non-zero content of `start..end` in pieces, ascending. Pieces start and end at
+    /// multiples of 8 where the range does; all-zero and unreadable parts may be left out, so this is for
+    /// scanning, not for copying.
+    fn for_each_run(
+        &self,
+        start: Addr,
+        end: Addr,
+        f: &mut dyn FnMut(Addr, &[u8]),
+    ) -> Result<(), MemoryError> {
+        const CHUNK: u64 = 256 << 10;
+        let mut buf = Vec::new();
+        for r in self.regions() {
+            let (mut at, end) = (r.start.max(start), r.end.min(end));
+            while at < end {
+                let len = end.since(at).min(CHUNK - at.0 % CHUNK) as usize;
+                buf.resize(len, 0);
+                self.read(at, &mut buf)?;
+                if !crate::is_zero(&buf) {
+                    f(at, &buf);
+                }
+                at = at.add(len as u64);
+            }
+        }
+        Ok(())
+    }
+
     /// Reads `len` bytes.
     fn bytes(&self, addr: Addr, len: usize) -> Result<Vec<u8>, MemoryError> {
         let mut v = vec![0; len];
