@@ -1,0 +1,89 @@
+//! The bundled server and its client.
+
+use super::{Server, cc, free_port};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// Path of version `v` of the example, built once per test run.
+pub fn binary(v: u32) -> PathBuf {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    let dir = DIR.get_or_init(|| {
+        let d = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kv");
+        std::fs::create_dir_all(&d).expect("a directory for the example");
+        for v in 1..=3 {
+            let src = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("examples/kv/v{v}.c"));
+            cc(&src, &d.join(format!("kv{v}")), &[]).expect("the example compiles");
+        }
+        d
+    });
+    dir.join(format!("kv{v}"))
+}
+
+/// The rules file that leads to version `v`.
+pub fn rules(v: u32) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("examples/kv/v{v}.toml"))
+}
+
+pub struct Kv {
+    pub server: Server,
+    pub port: u16,
+    pub dir: tempfile::TempDir,
+}
+
+impl Kv {
+    pub fn start(v: u32) -> Kv {
+        let dir = super::scratch();
+        let port = free_port();
+        let server = Server::start(
+            Command::new(binary(v)).arg(port.to_string()).arg(dir.path().join("kv.log")).current_dir("/"),
+            Some("ready"),
+        );
+        Kv { server, port, dir }
+    }
+
+    pub fn connect(&self) -> Client {
+        Client::connect(self.port)
+    }
+}
+
+pub struct Client {
+    stream: TcpStream,
+    reader: BufReader<TcpStream>,
+}
+
+impl Client {
+    pub fn connect(port: u16) -> Client {
+        let stream = TcpStream::connect(("127.0.0.1", port)).expect("the server accepts");
+        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        stream.set_nodelay(true).expect("nodelay");
+        Client { reader: BufReader::new(stream.try_clone().expect("a second handle")), stream }
+    }
+
+    pub fn send(&mut self, raw: &str) -> Result<(), String> {
+        self.stream.write_all(raw.as_bytes()).map_err(|e| format!("sending {raw:?}: {e}"))
+    }
+
+    pub fn line(&mut self) -> Result<String, String> {
+        let mut s = String::new();
+        match self.reader.read_line(&mut s) {
+            Ok(0) => Err("the connection was closed".into()),
+            Ok(_) => Ok(s.trim_end().to_owned()),
+            Err(e) => Err(format!("no reply: {e}")),
+        }
+    }
+
+    pub fn ask(&mut self, request: &str) -> Result<String, String> {
+        self.send(request)?;
+        self.send("\n")?;
+        self.line().map_err(|e| format!("{request}: {e}"))
+    }
+
+    pub fn expect(&mut self, request: &str, reply: &str) -> Result<(), String> {
+        let got = self.ask(request)?;
+        if got == reply { Ok(()) } else { Err(format!("{request}: expected {reply:?}, got {got:?}")) }
+    }
+}
