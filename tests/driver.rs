@@ -1,0 +1,55 @@
+//! The end-to-end tests: real processes, real connections, checked from outside and from inside.
+//! What this machine does not allow is skipped with its reason, and counted.
+
+mod bad_input;
+mod kv_update;
+mod redis_update;
+mod restore_plain;
+mod support;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use support::Check;
+
+/// A test, or the reason why it cannot run here.
+pub struct Case {
+    pub name: String,
+    pub skip: Option<String>,
+    pub run: Box<dyn FnOnce() -> Check + Send>,
+}
+
+impl Case {
+    pub fn new(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Case {
+        Case { name: name.to_owned(), skip: None, run: Box::new(run) }
+    }
+
+    pub fn skip_if(mut self, reason: Option<String>) -> Case {
+        self.skip = self.skip.or(reason);
+        self
+    }
+}
+
+fn main() {
+    let mut args = Arguments::from_args();
+    // Every case freezes and boots processes on what are usually two cores: one at a time.
+    args.test_threads.get_or_insert(1);
+    let mut cases = Vec::new();
+    cases.extend(restore_plain::cases());
+    cases.extend(kv_update::cases());
+    cases.extend(bad_input::cases());
+    cases.extend(redis_update::cases(args.list));
+    // SAFETY: geteuid(2) cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let trials = cases
+        .into_iter()
+        .map(|c| {
+            let reason = c.skip.or_else(|| (!root).then(|| "needs root".to_owned()));
+            let name = match &reason {
+                Some(r) => format!("{} [skipped: {r}]", c.name),
+                None => c.name,
+            };
+            let run = c.run;
+            Trial::test(name, move || run().map_err(Failed::from)).with_ignored_flag(reason.is_some())
+        })
+        .collect();
+    libtest_mimic::run(&args, trials).exit();
+}

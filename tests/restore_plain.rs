@@ -1,0 +1,70 @@
+//! Checkpoints without an update: dump, restore, the same process again.
+
+use crate::kv_update::Load;
+use crate::support::kv::Kv;
+use crate::support::{Check, expect_mcr, json, reported_pid};
+use crate::{Case, ensure};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("kv: dump and restore, five times over", dump_restore),
+        Case::new("kv: dump --leave-running, twenty times", leave_running),
+        Case::new("kv: inspect shows maps, threads, descriptors and typed values", inspect),
+    ]
+}
+
+fn dump_restore() -> Check {
+    let mut kv = Kv::start(1);
+    let mut load = Load::put(&kv, 500, 7)?;
+    let pid = kv.server.pid;
+    for round in 0..5 {
+        load.begin_half_request()?;
+        let img = kv.dir.path().join(format!("kv{round}.mcr")).display().to_string();
+        expect_mcr(0, &["dump", &pid.to_string(), "-o", &img])?;
+        kv.server.reap();
+        let done = expect_mcr(0, &["restore", &img, "--json"])?;
+        ensure!(reported_pid(&done)? == pid, "another pid: {}", reported_pid(&done)?);
+        load.end_half_request()?;
+        load.verify("1.0")?;
+        load.go_on(&kv)?;
+    }
+    Ok(())
+}
+
+fn leave_running() -> Check {
+    let kv = Kv::start(1);
+    let mut load = Load::put(&kv, 500, 5)?;
+    for round in 0..20 {
+        let img = kv.dir.path().join(format!("kv{round}.mcr")).display().to_string();
+        let done = expect_mcr(0, &["dump", &kv.server.pid.to_string(), "-o", &img, "--leave-running", "--json"])?;
+        ensure!(json(&done)?["schema_version"].is_u64(), "no schema_version");
+        load.verify("1.0")?;
+    }
+    load.go_on(&kv)
+}
+
+fn inspect() -> Check {
+    let kv = Kv::start(1);
+    let _load = Load::put(&kv, 50, 3)?;
+    let img = kv.dir.path().join("kv.mcr").display().to_string();
+    expect_mcr(0, &["dump", &kv.server.pid.to_string(), "-o", &img, "--leave-running"])?;
+    let text = |args: &[&str]| -> Result<String, String> {
+        let mut all = vec!["inspect", img.as_str()];
+        all.extend(args);
+        Ok(String::from_utf8_lossy(&expect_mcr(0, &all)?.stdout).into_owned())
+    };
+    for (args, wants) in [
+        (&["--maps"][..], &["[heap]", "[stack]", "libc"][..]),
+        (&["--threads"], &["epoll_wait", "worker_main", "main"]),
+        (&["--fds"], &["epoll", "timerfd", "kv.log", "127.0.0.1"]),
+        (&["--object", "sessions->name"], &["client-2"]),
+        (&["--object", "*config"], &["hello", "max_keys", "2000000"]),
+        (&["--object", "nkeys"], &["42"]),
+    ] {
+        let got = text(args)?;
+        for want in wants {
+            ensure!(got.contains(want), "inspect {args:?}: no {want:?} in\n{got}");
+        }
+    }
+    Ok(())
+}
