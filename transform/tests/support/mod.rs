@@ -1,0 +1,139 @@
+//! A child process that stands still, and its memory by /proc/PID/mem.
+#![allow(dead_code)]
+
+use mcr_image::{Addr, Memory, MemoryError, Region, proto};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+pub fn compile(dir: &Path, name: &str, source: &Path, flags: &[&str]) -> PathBuf {
+    let out = dir.join(name);
+    let status = Command::new("gcc")
+        .args(["-g", "-O1", "-fPIE", "-pie", "-pthread", "-Wl,-z,now", "-o"])
+        .arg(&out)
+        .arg(source)
+        .args(flags)
+        .status()
+        .expect("gcc runs");
+    assert!(status.success(), "{name} does not compile");
+    out
+}
+
+/// A running program that printed "ready".
+pub struct Target {
+    pub child: Child,
+    pub lines: Vec<String>,
+    mem: std::fs::File,
+}
+
+impl Target {
+    pub fn spawn(exe: &Path, args: &[&str]) -> Self {
+        let mut child = Command::new(exe)
+            .args(args)
+            .stdout(Stdio::piped())
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let mut lines = Vec::new();
+        for line in BufReader::new(child.stdout.take().expect("piped")).lines() {
+            let line = line.expect("utf-8");
+            if line == "ready" {
+                break;
+            }
+            lines.push(line);
+        }
+        let mem = std::fs::File::open(format!("/proc/{}/mem", child.id())).expect("its memory");
+        Self { child, lines, mem }
+    }
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+    /// The words of all lines that start with `tag`.
+    pub fn tagged(&self, tag: &str) -> Vec<Vec<String>> {
+        let split = |l: &String| l.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        self.lines
+            .iter()
+            .map(split)
+            .filter(|w| w[0] == tag)
+            .map(|w| w[1..].to_vec())
+            .collect()
+    }
+    pub fn vmas(&self) -> Vec<proto::Vma> {
+        let text = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).expect("maps");
+        text.lines().map(vma).collect()
+    }
+    /// Threads from "T tid fs_base" lines.
+    pub fn threads(&self) -> Vec<proto::Thread> {
+        self.tagged("T")
+            .iter()
+            .map(|w| proto::Thread {
+                tid: w[0].parse().unwrap(),
+                fs_base: hex(&w[1]),
+                ..Default::default()
+            })
+            .collect()
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Memory for Target {
+    fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.mem
+            .read_exact_at(buf, addr.0)
+            .map_err(|source| MemoryError::Io {
+                addr,
+                len: buf.len(),
+                source,
+            })
+    }
+    fn regions(&self) -> Vec<Region> {
+        self.vmas()
+            .into_iter()
+            .filter(|v| v.prot & 1 != 0 && !v.name.starts_with("[v"))
+            .map(|v| Region {
+                start: Addr(v.start),
+                end: Addr(v.end),
+                prot: v.prot,
+                name: v.name,
+            })
+            .collect()
+    }
+}
+
+pub fn hex(s: &str) -> u64 {
+    u64::from_str_radix(s.trim_start_matches("0x"), 16).unwrap_or_else(|_| panic!("hex: {s}"))
+}
+
+fn vma(line: &str) -> proto::Vma {
+    let mut w = line.split_whitespace();
+    let (start, end) = w.next().unwrap().split_once('-').unwrap();
+    let perms = w.next().unwrap();
+    let file_offset = hex(w.next().unwrap());
+    w.next();
+    let ino = w.next().unwrap().parse().unwrap();
+    let name = w.next().unwrap_or("").to_owned();
+    let has = |c, bit| if perms.contains(c) { bit } else { 0 };
+    let kind = match (ino, perms.ends_with('s')) {
+        (0, false) => proto::VmaKind::VmaAnonPrivate,
+        (0, true) => proto::VmaKind::VmaAnonShared,
+        (_, false) => proto::VmaKind::VmaFilePrivate,
+        (_, true) => proto::VmaKind::VmaFileShared,
+    };
+    proto::Vma {
+        start: hex(start),
+        end: hex(end),
+        prot: has('r', 1) | has('w', 2) | has('x', 4),
+        kind: kind as i32,
+        name,
+        file_offset,
+        ino,
+        ..Default::default()
+    }
+}
