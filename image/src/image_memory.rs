@@ -6,9 +6,11 @@ use crate::{Addr, Image, Memory, MemoryError, Region};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+
+const O_NONBLOCK: i32 = 0o4000;
 
 /// A view of one process's memory. Cheap to clone, `Sync`; disjoint ranges can be scanned by many threads.
 #[derive(Clone)]
@@ -27,6 +29,9 @@ pub enum Stored<'a> {
     /// So many bytes of zero pages. They need work only in private file mappings, where the file would show.
     Zero(u64),
 }
+
+/// Address, extent, content (`None`: zero).
+type Visitor<'a> = dyn FnMut(u64, &Extent, Option<&[u8]>) + 'a;
 
 #[derive(Clone, Copy, Debug)]
 struct Extent {
@@ -144,7 +149,7 @@ impl ImageMemory {
         &self,
         start: u64,
         end: u64,
-        f: &mut dyn FnMut(u64, &Extent, Option<&[u8]>),
+        f: &mut Visitor<'_>,
         files: bool,
     ) -> Result<(), MemoryError> {
         let mut buf = Vec::new();
@@ -388,14 +393,24 @@ impl Backing {
     fn open(&self) -> Result<File, String> {
         let p = self.path.display();
         let hint = "dump again with the file in place, or embed it";
-        let file = File::open(&self.path).map_err(|e| {
-            format!("{p}, which was mapped and is not in the image, cannot be opened: {e}; {hint}")
-        })?;
+        // Not to hang on a pipe that a foreign image names.
+        let file = File::options()
+            .read(true)
+            .custom_flags(O_NONBLOCK)
+            .open(&self.path)
+            .map_err(|e| {
+                format!(
+                    "{p}, which was mapped and is not in the image, cannot be opened: {e}; {hint}"
+                )
+            })?;
         let m = file.metadata().map_err(|e| format!("fstat {p}: {e}"))?;
         let mtime = m
             .mtime()
             .saturating_mul(1_000_000_000)
             .saturating_add(m.mtime_nsec());
+        if !m.is_file() {
+            return Err(format!("{p} is not a regular file; {hint}"));
+        }
         let same_inode = m.ino() == self.ino && (self.dev == 0 || m.dev() == self.dev);
         let same = if self.size == 0 && self.mtime_ns == 0 {
             same_inode

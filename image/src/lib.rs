@@ -5,6 +5,7 @@
 
 mod addr;
 mod cache;
+mod core;
 mod error;
 mod format;
 mod image;
@@ -22,6 +23,7 @@ mod regs;
 mod update;
 mod writer;
 
+pub use self::core::{export_core, export_core_file};
 pub use addr::{Addr, Fd, LinkAddr, Pid, Tid};
 pub use error::ImageError;
 pub use format::{PAGE, RecordKind};

@@ -121,7 +121,7 @@ impl ImageWriter {
 
     fn start(mut out: Output, options: WriterOptions) -> Result<Self, ImageError> {
         if options.frame_size == 0
-            || options.frame_size % PAGE != 0
+            || !options.frame_size.is_multiple_of(PAGE)
             || options.frame_size as u64 > MAX_FRAME
         {
             return Err(ImageError::Input {
@@ -169,7 +169,7 @@ impl ImageWriter {
     /// Adds whole pages of the current process: `addr` and the length are multiples of the page size. Pages
     /// that are all zero are noted, not stored. Pages may be added in any order, each once.
     pub fn pages(&mut self, addr: Addr, bytes: &[u8]) -> Result<(), ImageError> {
-        if addr.0 % PAGE as u64 != 0 || bytes.len() % PAGE != 0 {
+        if !addr.0.is_multiple_of(PAGE as u64) || !bytes.len().is_multiple_of(PAGE) {
             return Err(ImageError::Input {
                 what: format!(
                     "{} bytes at {addr}: memory is stored in whole pages of {PAGE}",

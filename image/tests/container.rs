@@ -165,8 +165,7 @@ fn bytes_of(process: &Process, f: impl FnOnce(&mut ImageWriter)) -> Vec<u8> {
     w.put(RecordKind::Process, process).unwrap();
     f(&mut w);
     w.finish().unwrap();
-    let v = sink.0.lock().unwrap().clone();
-    v
+    std::mem::take(&mut *sink.0.lock().unwrap())
 }
 
 fn in_memory(process: &Process, f: impl FnOnce(&mut ImageWriter)) -> Image {
