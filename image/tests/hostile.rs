@@ -1,19 +1,23 @@
 //! Damaged and hostile files: an error or the same content, never a panic, never unbounded memory.
 
 use mcr_image::proto::{EmbeddedFile, Meta, Patch, Process, Thread, Vma, VmaKind};
-use mcr_image::{Addr, Image, ImageError, ImageWriter, Memory, PAGE, RecordKind, export_core};
+use mcr_image::{
+    Addr, Image, ImageError, ImageWriter, Memory, PAGE, RecordKind, WriterOptions, export_core,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 const BASE: u64 = 0x5555_0000_0000;
 
-/// A small image with every kind of record.
-fn good() -> &'static [u8] {
-    static GOOD: OnceLock<Vec<u8>> = OnceLock::new();
-    GOOD.get_or_init(|| {
+/// A small image with every kind of record, compressed and not.
+fn good(compressed: bool) -> &'static [u8] {
+    static GOOD: [OnceLock<Vec<u8>>; 2] = [OnceLock::new(), OnceLock::new()];
+    GOOD[usize::from(compressed)].get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
-        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        let out = dir.path().join("a");
         let vma = |n: u64, pages: u64, kind: VmaKind| Vma {
             start: BASE + n * PAGE as u64,
             end: BASE + (n + pages) * PAGE as u64,
@@ -36,7 +40,15 @@ fn good() -> &'static [u8] {
             ..Default::default()
         };
         let text: Vec<u8> = (0..3 * PAGE).map(|i| (i % 7) as u8).collect();
-        let mut w = ImageWriter::create(&a).unwrap();
+        let level = i32::from(compressed);
+        let mut w = ImageWriter::create_with(
+            &out,
+            WriterOptions {
+                level,
+                ..Default::default()
+            },
+        )
+        .unwrap();
         w.put(
             RecordKind::Meta,
             &Meta {
@@ -46,23 +58,27 @@ fn good() -> &'static [u8] {
         )
         .unwrap();
         w.put(RecordKind::Process, &process).unwrap();
-        w.pages(Addr(BASE), &text).unwrap();
-        w.pages(Addr(BASE + 5 * PAGE as u64), &[0; PAGE]).unwrap();
         w.file(
             &EmbeddedFile {
                 key: "lib".into(),
                 ..Default::default()
             },
-            &text[..5000],
+            &text[..500],
         )
         .unwrap();
+        w.put(
+            RecordKind::Patch,
+            &Patch {
+                new_path: "/new".into(),
+                ..Default::default()
+            },
+        )
+        .unwrap();
+        w.pages(Addr(BASE), &text[..if compressed { 3 } else { 1 } * PAGE])
+            .unwrap();
+        w.pages(Addr(BASE + 5 * PAGE as u64), &[0; PAGE]).unwrap();
         w.finish().unwrap();
-        let patch = Patch {
-            new_path: "/new".into(),
-            ..Default::default()
-        };
-        Image::open(&a).unwrap().write_update(&b, &patch).unwrap();
-        std::fs::read(b).unwrap()
+        std::fs::read(out).unwrap()
     })
 }
 
@@ -103,7 +119,11 @@ fn reseal(b: &mut [u8]) {
     while at + 40 <= end && b[at..].starts_with(b"MREC") {
         let desc = u32::from_le_bytes(b[at + 12..at + 16].try_into().unwrap()) as usize;
         let len = desc.saturating_add(le(b, at + 16));
-        if let Some(body) = at.checked_add(40 + len).and_then(|e| b.get(at + 40..e)) {
+        if let Some(body) = len
+            .checked_add(40)
+            .and_then(|l| at.checked_add(l))
+            .and_then(|e| b.get(at + 40..e))
+        {
             let crc = crc32fast::hash(body);
             put(b, at + 32, crc);
         }
@@ -172,55 +192,82 @@ fn apply(b: &mut Vec<u8>, m: &Mutation) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 10_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Plain damage: noticed, or without effect.
     #[test]
-    fn damage_is_noticed(mutations in vec(mutation(), 1..4)) {
-        let mut b = good().to_vec();
+    fn damage_is_noticed(compressed: bool, mutations in vec(mutation(), 1..4)) {
+        let mut b = good(compressed).to_vec();
         for m in &mutations {
             apply(&mut b, m);
         }
         if let Ok(image) = Image::from_bytes(b.clone()) {
             let read = exercise(&image);
-            if b == good() || image.verify().is_ok() {
-                prop_assert_eq!(read, exercise(&Image::from_bytes(good()).unwrap()));
+            if b == good(compressed) || image.verify().is_ok() {
+                prop_assert_eq!(read, exercise(&Image::from_bytes(good(compressed)).unwrap()));
             } else if let Ok(read) = read {
-                prop_assert_eq!(read, exercise(&Image::from_bytes(good()).unwrap()).unwrap());
-            }
-        }
-    }
-
-    /// Malice: right checksums over wrong content. Only "no panic, bounded" can be asked.
-    #[test]
-    fn malice_is_survived(mutations in vec(mutation(), 1..6)) {
-        let mut b = good().to_vec();
-        for m in &mutations {
-            apply(&mut b, m);
-            reseal(&mut b);
-        }
-        if let Ok(image) = Image::from_bytes(b) {
-            let _ = exercise(&image);
-            let _ = image.verify();
-            if image.memory().regions().iter().all(|r| r.end.since(r.start) < 1 << 20) {
-                let _ = export_core(&image, &mut std::io::sink());
+                prop_assert_eq!(read, exercise(&Image::from_bytes(good(compressed)).unwrap()).unwrap());
             }
         }
     }
 }
 
+/// Malice: right checksums over wrong content. Only "no panic, bounded" can be asked.
+#[test]
+fn malice_is_survived() {
+    let (tried, opened) = (Cell::new(0), Cell::new(0));
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases: 10_000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    let result = runner.run(
+        &(any::<bool>(), vec(mutation(), 1..6)),
+        |(compressed, mutations)| {
+            let mut b = good(compressed).to_vec();
+            for m in &mutations {
+                apply(&mut b, m);
+                reseal(&mut b);
+            }
+            tried.set(tried.get() + 1);
+            if let Ok(image) = Image::from_bytes(b) {
+                opened.set(opened.get() + 1);
+                let _ = exercise(&image);
+                let _ = image.verify();
+                if image
+                    .memory()
+                    .regions()
+                    .iter()
+                    .all(|r| r.end.since(r.start) < 1 << 20)
+                {
+                    let _ = export_core(&image, &mut std::io::sink());
+                }
+            }
+            Ok(())
+        },
+    );
+    result.unwrap();
+    // Otherwise nothing but the index would be tested.
+    assert!(
+        opened.get() * 20 > tried.get(),
+        "{} of {} opened",
+        opened.get(),
+        tried.get()
+    );
+}
+
 #[test]
 fn resealing_alone_changes_nothing() {
-    let mut b = good().to_vec();
+    let mut b = good(true).to_vec();
     reseal(&mut b);
-    assert!(b == good());
+    assert!(b == good(true));
     assert!(exercise(&Image::from_bytes(b).unwrap()).is_ok());
 }
 
 #[test]
 fn every_truncation_is_an_error_with_an_offset() {
-    for n in 0..good().len() {
-        let e = Image::from_bytes(&good()[..n]).unwrap_err();
+    for n in 0..good(true).len() {
+        let e = Image::from_bytes(&good(true)[..n]).unwrap_err();
         assert!(
             matches!(e, ImageError::Truncated { .. } | ImageError::Corrupt { .. }) || n == 0,
             "{n}: {e}"
@@ -231,7 +278,7 @@ fn every_truncation_is_an_error_with_an_offset() {
 #[test]
 fn a_frame_that_claims_too_much_is_refused() {
     // The stored size of the first record's content stays, the claimed size becomes 3 GiB.
-    let mut b = good().to_vec();
+    let mut b = good(true).to_vec();
     b[32 + 24..32 + 32].copy_from_slice(&(3u64 << 30).to_le_bytes());
     reseal(&mut b);
     assert!(Image::from_bytes(b).is_err());
