@@ -298,15 +298,17 @@ impl Image {
 
     /// The content of a frame, from the cache or the file.
     pub(crate) fn content(&self, n: usize) -> Result<Bytes<'_>, ImageError> {
+        let e = &self.inner.entries[n];
+        let file = self.inner.map.bytes();
+        // Already checked, and stored as it is.
+        if self.inner.checked[n].get().is_some() {
+            let at = e.offset as usize + format::RECORD_LEN + e.desc.len();
+            return Ok(Bytes::Mapped(&file[at..at + e.stored as usize]));
+        }
         if let Some(c) = self.inner.cache.get(n) {
             return Ok(Bytes::Cached(c));
         }
-        let e = &self.inner.entries[n];
-        let file = self.inner.map.bytes();
         let head = self.head(e)?;
-        if head.encoding == RAW && self.inner.checked[n].get().is_some() {
-            return Ok(Bytes::Mapped(stored(file, &head, e.offset)));
-        }
         let (content, copied) = load(file, &head, e.offset)?;
         if !copied {
             let _ = self.inner.checked[n].set(());
@@ -319,6 +321,9 @@ impl Image {
 
     /// The content of a frame where nothing has to be decompressed for it.
     pub(crate) fn content_at_hand(&self, n: usize) -> Result<Option<Bytes<'_>>, ImageError> {
+        if self.inner.checked[n].get().is_some() {
+            return self.content(n).map(Some);
+        }
         if let Some(c) = self.inner.cache.get(n) {
             return Ok(Some(Bytes::Cached(c)));
         }

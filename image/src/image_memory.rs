@@ -317,7 +317,9 @@ impl Build<'_> {
             _ if v.prot == 0 => Source::Nothing,
             VmaKind::VmaVdso | VmaKind::VmaVvar | VmaKind::VmaVsyscall => Source::Nothing,
             VmaKind::VmaAnonPrivate | VmaKind::VmaAnonShared => Source::Zero { stored: false },
-            VmaKind::VmaFilePrivate | VmaKind::VmaFileShared if v.memfd => {
+            VmaKind::VmaFilePrivate | VmaKind::VmaFileShared
+                if v.memfd || v.name == "/dev/zero" =>
+            {
                 Source::Zero { stored: false }
             }
             VmaKind::VmaFilePrivate | VmaKind::VmaFileShared => {

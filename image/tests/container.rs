@@ -418,3 +418,138 @@ fn bad_files_are_refused_by_name() {
     let empty = sink.0.lock().unwrap().clone();
     assert!(text(&empty).contains("no meta record"));
 }
+
+/// A message of a later version, with a field that this one does not know.
+#[derive(Clone, PartialEq, prost::Message)]
+struct FutureMeta {
+    #[prost(string, tag = "1")]
+    mcr_version: String,
+    #[prost(string, tag = "9999")]
+    extra: String,
+}
+
+#[test]
+fn what_a_later_version_added_survives_an_update() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let mut w = ImageWriter::create_with(
+        &a,
+        WriterOptions {
+            level: 0,
+            ..Default::default()
+        },
+    )
+    .unwrap();
+    let future = FutureMeta {
+        mcr_version: "9".into(),
+        extra: "field from the future".into(),
+    };
+    w.put(RecordKind::Meta, &future).unwrap();
+    w.put(RecordKind::Process, &Process::default()).unwrap();
+    let record = EmbeddedFile {
+        path: "record from the future".into(),
+        ..Default::default()
+    };
+    w.put(RecordKind::Patch, &record).unwrap();
+    w.finish().unwrap();
+    // Make the third record one of a kind that does not exist yet: in its head and in the index.
+    let mut bytes = std::fs::read(&a).unwrap();
+    let heads: Vec<usize> = (0..bytes.len())
+        .filter(|i| bytes[*i..].starts_with(b"MREC"))
+        .collect();
+    let (third, index, end) = (heads[2], heads[3], bytes.len() - 40);
+    bytes[third + 4] = 77;
+    let at = index
+        + bytes[index..]
+            .windows(3)
+            .position(|w| w == [0x10, 3, 0x18])
+            .unwrap();
+    bytes[at + 1] = 77;
+    let seal = |b: &mut [u8], from: usize, len: usize| {
+        let crc = crc32fast::hash(&b[from..from + len]).to_le_bytes();
+        b[from + len..from + len + 4].copy_from_slice(&crc);
+    };
+    seal(&mut bytes, third, 36);
+    let body = bytes[index + 16..index + 24]
+        .try_into()
+        .map(u64::from_le_bytes)
+        .unwrap() as usize;
+    let crc = crc32fast::hash(&bytes[index + 40..index + 40 + body]).to_le_bytes();
+    bytes[index + 32..index + 36].copy_from_slice(&crc);
+    seal(&mut bytes, index, 36);
+    let digest = crc32fast::hash(&bytes[..end]).to_le_bytes();
+    bytes[end + 24..end + 28].copy_from_slice(&digest);
+    seal(&mut bytes, end, 36);
+
+    let image = Image::from_bytes(bytes).unwrap();
+    image.verify().unwrap();
+    assert_eq!(image.meta().mcr_version, "9");
+    assert!(!image.has_patch());
+    image.write_update(&b, &Patch::default()).unwrap();
+    let updated = std::fs::read(&b).unwrap();
+    Image::from_bytes(updated.clone())
+        .unwrap()
+        .verify()
+        .unwrap();
+    for text in ["field from the future", "record from the future"] {
+        assert!(
+            updated.windows(text.len()).any(|w| w == text.as_bytes()),
+            "{text} is lost"
+        );
+    }
+}
+
+/// `cargo test --release -p mcr-image --test container speed -- --ignored --nocapture`
+#[test]
+#[ignore = "prints figures"]
+fn speed() {
+    let data: Vec<u8> = content(3 << 10).repeat(16); // 192 MiB
+    let gib = data.len() as f64 / f64::from(1 << 30);
+    let pages = (data.len() / PAGE) as u64;
+    let process = Process {
+        pid: 7,
+        vmas: vec![vma(BASE, pages, VmaKind::VmaAnonPrivate)],
+        ..Default::default()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    for (level, threads) in [(0, 1), (1, 1), (1, 2), (3, 2)] {
+        let t = std::time::Instant::now();
+        let options = WriterOptions {
+            level,
+            threads,
+            sync: false,
+            ..Default::default()
+        };
+        write_to(&path, options, &process, |w| {
+            w.pages(Addr(BASE), &data).unwrap()
+        });
+        let write = gib / t.elapsed().as_secs_f64();
+        let image = Image::open(&path).unwrap();
+        let mut rates = Vec::new();
+        for _ in 0..2 {
+            let t = std::time::Instant::now();
+            let mut n = 0;
+            image
+                .memory()
+                .for_each_run(Addr(0), Addr(u64::MAX), &mut |_, b| n += b.len())
+                .unwrap();
+            rates.push(gib / t.elapsed().as_secs_f64());
+        }
+        let t = std::time::Instant::now();
+        let m = image.memory();
+        for i in 0..1_000_000u64 {
+            m.u64(Addr(BASE + i * 7_919 * 64 % (pages * PAGE as u64 - 8)))
+                .unwrap();
+        }
+        println!(
+            "level {level}, {threads} threads: write {write:.2} GiB/s, scan {:.2} then {:.2} GiB/s, \
+             1M words {:.0} ms, file {} MiB of {}",
+            rates[0],
+            rates[1],
+            t.elapsed().as_secs_f64() * 1000.0,
+            image.len() >> 20,
+            data.len() >> 20
+        );
+    }
+}

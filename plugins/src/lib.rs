@@ -11,5 +11,5 @@ pub mod rules;
 pub use expr::{EvalError, Expr, ExprError, Path as ExprPath};
 pub use rules::{
     BootRules, FdRules, Keep, QuiescentRule, RuleName, RuleNameKind, Rules, RulesError, Side,
-    UnionCase, UnionRule,
+    UnionCase, UnionRule, nearest,
 };

@@ -844,10 +844,8 @@ impl Reader<'_> {
 }
 
 /// The candidate with the smallest edit distance, where that is small enough to be a slip.
-pub(crate) fn nearest<'a>(
-    word: &str,
-    candidates: impl Iterator<Item = &'a str>,
-) -> Option<&'a str> {
+#[must_use]
+pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     candidates
         .map(|c| (distance(word, c), c))
         .filter(|(d, c)| *d <= 1 + c.len() / 4)
