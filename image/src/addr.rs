@@ -52,6 +52,7 @@ newtype!(
 impl Addr {
     /// `self + n`, wrapping like the machine does.
     #[must_use]
+    #[allow(clippy::should_implement_trait)]
     pub fn add(self, n: u64) -> Self {
         Self(self.0.wrapping_add(n))
     }

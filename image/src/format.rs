@@ -70,7 +70,7 @@ pub(crate) fn kind_name(kind: u32) -> String {
 /// The largest content that `stored` compressed bytes of a kind may claim. Frames are bounded by their size,
 /// messages and files by a ratio that the writer keeps to, so that a small hostile file cannot ask for much.
 pub(crate) fn max_raw(kind: u32, stored: u64) -> u64 {
-    let ratio = (64 << 10) + stored.saturating_mul(1024);
+    let ratio = (64 << 10) + stored.saturating_mul(32);
     match kind {
         k if k == RecordKind::Pages as u32 => MAX_FRAME,
         k if k == RecordKind::File as u32 => MAX_FRAME.min(ratio),

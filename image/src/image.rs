@@ -6,7 +6,7 @@ use crate::format::{
 };
 use crate::map::Map;
 use crate::proto::{EmbeddedFile, FrameDesc, Index, IndexEntry, Meta, Patch, Process};
-use crate::{ImageError, ImageMemory, Pid};
+use crate::{ImageError, ImageMemory, Pid, wire};
 use prost::Message;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -104,8 +104,8 @@ impl Image {
         if head.kind != RecordKind::Index as u32 || head.total() != Some(end - at) {
             return Err(corrupt("the index", at, "the trailer does not point at it"));
         }
-        let index = Index::decode(&*load(file, &head, at)?.0)
-            .map_err(|e| corrupt("the index", at, e.to_string()))?;
+        let index: Index =
+            wire::decode(&load(file, &head, at)?.0).map_err(|e| corrupt("the index", at, e))?;
         let entries = index.entries;
         if trailer.records as usize != entries.len() + 1 {
             return Err(corrupt(
@@ -519,13 +519,8 @@ fn load<'a>(
 
 fn message<M: Message + Default>(file: &[u8], e: &IndexEntry) -> Result<M, ImageError> {
     let head = entry_head(file, e)?;
-    M::decode(&*load(file, &head, e.offset)?.0).map_err(|err| {
-        corrupt(
-            format!("the {} record", kind_name(e.kind)),
-            e.offset,
-            err.to_string(),
-        )
-    })
+    wire::decode(&load(file, &head, e.offset)?.0)
+        .map_err(|what| corrupt(format!("the {} record", kind_name(e.kind)), e.offset, what))
 }
 
 /// Collects frames while the index is read.

@@ -25,6 +25,7 @@ mod regs;
 pub mod syscalls;
 pub mod unwind;
 mod update;
+mod wire;
 mod writer;
 
 pub use self::core::{export_core, export_core_file};
