@@ -20,7 +20,7 @@ fn gdb(pid: i32) -> BTreeMap<i32, Vec<(u64, String)>> {
         gdb.args(["-ex", c]);
     }
     // Python prints exact program counters of physical frames.
-    let script = "python\nfor t in gdb.selected_inferior().threads():\n  t.switch()\n  f = gdb.newest_frame()\n  while f:\n    if f.type() != gdb.INLINE_FRAME: print('FRAME', t.ptid[1], hex(f.pc()), f.function() or f.name() or '??')\n    f = f.older()\nend\n";
+    let script = "python\nfor t in gdb.selected_inferior().threads():\n  t.switch()\n  f = gdb.newest_frame()\n  while f:\n    if f.type() not in (gdb.INLINE_FRAME, gdb.TAILCALL_FRAME): print('FRAME', t.ptid[1], hex(f.pc()), f.function() or f.name() or '??')\n    f = f.older()\nend\n";
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("bt.gdb");
     std::fs::write(&file, script).unwrap();
@@ -116,10 +116,9 @@ fn signatures_name_the_program_and_place_the_library() {
     };
     let tids = target.tids();
     assert_eq!(program_part(tids[0]), ["serve", "main", "_start"]);
-    let (poller, deep) = program_part(tids[1])
-        .split_last()
-        .map(|(p, d)| (p.clone(), d.to_vec()))
-        .unwrap();
+    // poller() calls deep() last, so its frame may be gone.
+    let mut deep = program_part(tids[1]);
+    deep.retain(|n| n != "poller");
     assert!(
         !deep.is_empty() && deep.iter().all(|n| n == "deep"),
         "{deep:?}"
