@@ -202,3 +202,54 @@ impl Drop for Target {
         let _ = self.child.wait();
     }
 }
+
+/// A stack of small numbers and addresses.
+struct Garbage;
+
+impl Memory for Garbage {
+    fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
+        for (i, b) in buf.iter_mut().enumerate() {
+            *b = (addr.0 as usize + i) as u8 ^ 0x5a;
+        }
+        Ok(())
+    }
+    fn regions(&self) -> Vec<Region> {
+        Vec::new()
+    }
+}
+
+/// Unwinds from places all over a file.
+pub fn unwind_offline(file: ElfFile) {
+    let file = Arc::new(file);
+    let bias = 0x5555_5555_4000;
+    let vmas: Vec<proto::Vma> = file
+        .segments()
+        .iter()
+        .map(|s| {
+            let start = (s.vaddr.0 & !4095) + bias;
+            let mut v = proto::Vma {
+                start,
+                end: start + s.mem_size.min(1 << 30) + 4096,
+                prot: s.prot(),
+                file_offset: s.file_offset & !4095,
+                name: "/x".into(),
+                ..Default::default()
+            };
+            v.set_kind(proto::VmaKind::VmaFilePrivate);
+            v
+        })
+        .collect();
+    let modules = ModuleMap::read(&vmas, &[], &Garbage, |_| Some(Arc::clone(&file)));
+    for s in file.segments().iter().filter(|s| s.flags & 1 != 0) {
+        for i in 0..200 {
+            let rip = bias + s.vaddr.0 + i * (s.mem_size / 200).max(1);
+            let regs = Regs {
+                rip,
+                rsp: 0x7fff_0000,
+                rbp: 0x7fff_0100,
+                ..Regs::default()
+            };
+            let _ = mcr_image::unwind(&modules, &Garbage, &regs);
+        }
+    }
+}
