@@ -1,0 +1,4 @@
+//! Types against the compiler: read, compared, converted, printed.
+
+mod read;
+mod support;
