@@ -1,3 +1,7 @@
 //! From image to process: rebuild, boot, link, apply, transaction.
 
+pub mod fds;
+pub mod keeper;
 pub mod link;
+pub mod rebuild;
+mod sys;

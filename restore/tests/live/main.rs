@@ -1,0 +1,33 @@
+//! Restores real processes. Needs root: choosing pids is privileged. This program is also the keeper that it
+//! starts (`/proc/self/exe keeper …`), so it has a main of its own.
+#![allow(missing_docs)]
+
+use libtest_mimic::{Arguments, Trial};
+use std::process::ExitCode;
+
+mod keeping;
+mod synthetic;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if args
+        .get(1)
+        .is_some_and(|a| a == mcr_restore::keeper::SUBCOMMAND)
+    {
+        return ExitCode::from(mcr_restore::keeper::keeper_main(&args[2..]) as u8);
+    }
+    let mut trials: Vec<Trial> = Vec::new();
+    trials.extend(keeping::trials());
+    trials.extend(synthetic::trials());
+    let mut arguments = Arguments::from_args();
+    // ptrace belongs to a thread, and pids are reused: one after the other.
+    arguments.test_threads = Some(1);
+    if !nix::unistd::geteuid().is_root() {
+        trials = trials
+            .into_iter()
+            .map(|t| t.with_ignored_flag(true))
+            .collect();
+        eprintln!("not root: everything is skipped");
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

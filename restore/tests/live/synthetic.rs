@@ -1,0 +1,252 @@
+//! Images written by hand, with programs of a few instructions: what is restored is known to the last byte.
+
+use libtest_mimic::{Failed, Trial};
+use mcr_image::{Addr, Image, ImageWriter, PAGE, RecordKind, proto};
+use mcr_restore::rebuild::{RebuildError, RebuildOptions, Threads, rebuild, restore_image};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("synthetic_process_runs", runs),
+        Trial::test("synthetic_threads_run", threads),
+        Trial::test("synthetic_dropped_host_leaves_nothing", dropped),
+        Trial::test("synthetic_pid_in_use_is_refused", in_use),
+        Trial::test("synthetic_leader_only", leader_only),
+    ]
+}
+
+const CODE: u64 = 0x40_0000;
+const DATA: u64 = 0x7000_0000_0000;
+const STACK: u64 = 0x7fff_0000_0000;
+
+fn vma(start: u64, len: u64, prot: u32, flags: &[&str]) -> proto::Vma {
+    proto::Vma {
+        start,
+        end: start + len,
+        prot,
+        vm_flags: flags.iter().map(|f| (*f).to_owned()).collect(),
+        ..Default::default()
+    }
+}
+
+fn free_pid() -> Result<u32, Failed> {
+    // A child that has been collected: its pid is free and not given out again soon.
+    let mut child = std::process::Command::new("/bin/true").spawn()?;
+    child.wait()?;
+    Ok(child.id())
+}
+
+/// The program of the leader: wait for the others by reading `DATA + 128` until it is `r14`, then write and end.
+#[rustfmt::skip]
+fn code() -> Vec<u8> {
+    let mut c = Vec::new();
+    let other_len;
+    {
+        // Other threads (r15 != 0): write(5, r15, 8); lock inc [r13]; exit(0).
+        let mut o = vec![];
+        o.extend([0xb8, 1, 0, 0, 0, 0xbf, 5, 0, 0, 0]);
+        o.extend([0x4c, 0x89, 0xfe]);               // mov rsi, r15
+        o.extend([0xba, 8, 0, 0, 0, 0x0f, 0x05]);
+        o.extend([0xf0, 0x41, 0xff, 0x45, 0x00]);   // lock inc dword [r13]
+        o.extend([0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05]);
+        other_len = o.len() as u8;
+        c.extend([0x4d, 0x85, 0xff, 0x74, other_len]);
+        c.extend(o);
+    }
+    c.extend([0x45, 0x39, 0x75, 0x00]);             // spin: cmp [r13], r14d
+    c.extend([0x75, 0xfa]);                         // jne spin
+    c.extend([0xb8, 1, 0, 0, 0, 0xbf, 5, 0, 0, 0]);
+    c.extend([0x4c, 0x89, 0xe6]);                   // mov rsi, r12
+    c.extend([0xba, 9, 0, 0, 0, 0x0f, 0x05]);
+    c.extend([0x41, 0x8b, 0x7c, 0x24, 0x40]);       // mov edi, [r12 + 64]
+    c.extend([0xb8, 231, 0, 0, 0, 0x0f, 0x05]);     // exit_group
+    c
+}
+
+fn image(dir: &Path, pid: u32, others: u32) -> Result<Image, Failed> {
+    let out = dir.join("out");
+    std::fs::write(&out, b"")?;
+    let md = std::fs::metadata(&out)?;
+    let rw = 3;
+    let thread = |tid: u32, n: u32| {
+        let mut regs = mcr_image::Regs {
+            rip: CODE,
+            rsp: STACK + 0x8000,
+            cs: 0x33,
+            ss: 0x2b,
+            eflags: 0x202,
+            ..Default::default()
+        };
+        (regs.r12, regs.r13, regs.r14) = (DATA, DATA + 128, u64::from(others));
+        regs.r15 = if n == 0 {
+            0
+        } else {
+            DATA + 256 + u64::from(n) * 8
+        };
+        proto::Thread {
+            tid,
+            comm: format!("synth{n}"),
+            regs: regs.to_words(),
+            ..Default::default()
+        }
+    };
+    let process = proto::Process {
+        pid,
+        pgid: pid,
+        sid: pid,
+        cwd: dir.to_string_lossy().into_owned(),
+        root: "/".to_owned(),
+        umask: 0o27,
+        dumpable: 1,
+        exe_path: "/bin/true".to_owned(),
+        mm: Some(proto::Mm {
+            start_code: CODE,
+            end_code: CODE + 0x100,
+            start_data: DATA,
+            end_data: DATA + 0x100,
+            start_brk: DATA + 0x10_0000,
+            brk: DATA + 0x10_0000,
+            start_stack: STACK + 0x8000,
+            arg_start: STACK + 0x9000,
+            arg_end: STACK + 0x9000,
+            env_start: STACK + 0x9000,
+            env_end: STACK + 0x9000,
+            auxv: vec![0; 16],
+            ..Default::default()
+        }),
+        vmas: vec![
+            vma(CODE, 0x1000, 5, &[]),
+            vma(DATA, 0x2000, rw, &["dc", "hg"]),
+            vma(STACK, 0x1_0000, rw, &["gd"]),
+        ],
+        fds: vec![proto::Fd {
+            number: 5,
+            ofd: 1,
+            flags: (libc::O_WRONLY | libc::O_APPEND) as u32,
+            object: Some(proto::fd::Object::File(proto::File {
+                path: out.to_string_lossy().into_owned(),
+                mode: md.mode(),
+                dev: md.dev(),
+                ino: md.ino(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        }],
+        threads: (0..=others).map(|n| thread(pid + n, n)).collect(),
+        ..Default::default()
+    };
+    let path = dir.join("image.mcr");
+    let mut w = ImageWriter::create(&path)?;
+    w.put(
+        RecordKind::Meta,
+        &proto::Meta {
+            root_pid: pid,
+            ..Default::default()
+        },
+    )?;
+    w.put(RecordKind::Process, &process)?;
+    let mut page = vec![0u8; PAGE];
+    page[..code().len()].copy_from_slice(&code());
+    w.pages(Addr(CODE), &page)?;
+    let mut page = vec![0u8; PAGE];
+    page[..9].copy_from_slice(b"restored\n");
+    page[64] = 7;
+    for n in 1..=others as usize {
+        page[256 + n * 8..][..8].copy_from_slice(format!("thread{n}\n").as_bytes());
+    }
+    w.pages(Addr(DATA), &page)?;
+    w.finish()?;
+    Ok(Image::open(&path)?)
+}
+
+fn exit_status(pid: u32) -> Result<i32, Failed> {
+    use nix::sys::wait::{WaitStatus, waitpid};
+    match waitpid(nix::unistd::Pid::from_raw(pid as i32), None)? {
+        WaitStatus::Exited(_, status) => Ok(status),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
+fn runs() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    for _ in 0..5 {
+        let pid = free_pid()?;
+        let restored = restore_image(&image(dir.path(), pid, 0)?, &RebuildOptions::default())?;
+        assert_eq!(restored.pid.0, pid as i32);
+        assert_eq!(exit_status(pid)?, 7);
+        assert_eq!(std::fs::read(dir.path().join("out"))?, b"restored\n");
+    }
+    Ok(())
+}
+
+fn threads() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    restore_image(&image(dir.path(), pid, 8)?, &RebuildOptions::default())?;
+    assert_eq!(exit_status(pid)?, 7);
+    let out = String::from_utf8(std::fs::read(dir.path().join("out"))?)?;
+    for n in 1..=8 {
+        assert!(out.contains(&format!("thread{n}\n")), "{out}");
+    }
+    assert!(out.ends_with("restored\n"), "{out}");
+    Ok(())
+}
+
+fn dropped() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    let host = rebuild(&image(dir.path(), pid, 4)?, &RebuildOptions::default())?;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    assert!(maps.contains("[stack]"), "{maps}");
+    assert_eq!(
+        std::fs::read_link(format!("/proc/{pid}/exe"))?,
+        std::fs::canonicalize("/bin/true")?
+    );
+    let fds: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
+        .flatten()
+        .map(|e| e.file_name())
+        .collect();
+    assert_eq!(fds, ["5"]);
+    drop(host);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert_eq!(std::fs::read(dir.path().join("out"))?, b"");
+    Ok(())
+}
+
+fn in_use() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let mut child = std::process::Command::new("/bin/sleep")
+        .arg("1000")
+        .spawn()?;
+    let e = restore_image(
+        &image(dir.path(), child.id(), 0)?,
+        &RebuildOptions::default(),
+    );
+    child.kill()?;
+    child.wait()?;
+    let e = e.err().ok_or("no refusal")?;
+    assert!(matches!(e, RebuildError::IdInUse { .. }), "{e}");
+    assert!(e.to_string().contains("sleep"), "{e}");
+    Ok(())
+}
+
+fn leader_only() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    let options = RebuildOptions {
+        threads: Threads::LeaderOnly,
+        ..Default::default()
+    };
+    let host = rebuild(&image(dir.path(), pid, 3)?, &options)?;
+    assert_eq!(std::fs::read_dir(format!("/proc/{pid}/task"))?.count(), 1);
+    assert_eq!(host.files.by_ofd.len(), 1);
+    let fds: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
+        .flatten()
+        .map(|e| e.file_name())
+        .collect();
+    assert!(fds.len() <= 3, "{fds:?}");
+    drop(host);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    Ok(())
+}
