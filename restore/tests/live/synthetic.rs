@@ -30,11 +30,18 @@ fn vma(start: u64, len: u64, prot: u32, flags: &[&str]) -> proto::Vma {
     }
 }
 
+/// Ids that the kernel will not give out soon: it counts upwards.
+fn free_below(pid: u32) -> impl Iterator<Item = u32> {
+    let top = if pid > 1000 { pid - 100 } else { 32_000 };
+    (300..top)
+        .rev()
+        .filter(|id| !Path::new(&format!("/proc/{id}")).exists())
+}
+
 fn free_pid() -> Result<u32, Failed> {
-    // A child that has been collected: its pid is free and not given out again soon.
     let mut child = std::process::Command::new("/bin/true").spawn()?;
     child.wait()?;
-    Ok(child.id())
+    Ok(free_below(child.id() + 50).next().ok_or("no free pid")?)
 }
 
 /// The program of the leader: wait for the others by reading `DATA + 128` until it is `r14`, then write and end.
@@ -133,7 +140,14 @@ fn image(dir: &Path, pid: u32, others: u32) -> Result<Image, Failed> {
             })),
             ..Default::default()
         }],
-        threads: (0..=others).map(|n| thread(pid + n, n)).collect(),
+        threads: std::iter::once(thread(pid, 0))
+            .chain(
+                free_below(pid)
+                    .take(others as usize)
+                    .zip(1..)
+                    .map(|(tid, n)| thread(tid, n)),
+            )
+            .collect(),
         ..Default::default()
     };
     let path = dir.join("image.mcr");
