@@ -1,6 +1,8 @@
 //! The end-to-end tests: real processes, real connections, checked from outside and from inside.
 //! What this machine does not allow is skipped with its reason, and counted.
 
+#![allow(missing_docs)]
+
 mod bad_input;
 mod kv_update;
 mod redis_update;

@@ -14,7 +14,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn dump_restore() -> Check {
-    let mut kv = Kv::start(1);
+    let kv = Kv::start(1);
     let mut load = Load::put(&kv, 500, 7)?;
     let pid = kv.server.pid;
     for round in 0..5 {

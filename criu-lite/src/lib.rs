@@ -3,7 +3,10 @@
 //! `unsafe` is confined to [`tracee`] and the private `sys` module.
 #![deny(unsafe_code)]
 
+#[allow(unsafe_code)]
+pub mod collect;
 mod memory;
+pub mod probe;
 pub mod procfs;
 #[allow(unsafe_code)]
 mod sys;
