@@ -387,8 +387,64 @@ pub fn take_copies(pid: i32, numbers: &[Fd]) -> io::Result<Vec<OwnedFd>> {
         .collect()
 }
 
-/// Where [`Inject::scratch`] data ends up is the implementor's business; this is its type.
-pub type ScratchAddr = Addr;
+/// A tracee of `mcr_criu_lite` as the target of [`install_fds`], with memory for arguments that is unmapped when
+/// this is dropped.
+pub struct InTracee<'t> {
+    scratch: mcr_criu_lite::Scratch<'t>,
+}
+
+impl<'t> InTracee<'t> {
+    /// Maps the memory for arguments.
+    pub fn new(tracee: &'t mut mcr_criu_lite::Tracee) -> io::Result<Self> {
+        let scratch = mcr_criu_lite::Scratch::data(tracee, 16 << 10).map_err(traced)?;
+        Ok(Self { scratch })
+    }
+}
+
+fn traced(e: mcr_criu_lite::TraceError) -> io::Error {
+    match e.errno() {
+        Some(n) => n.into(),
+        None => io::Error::other(e),
+    }
+}
+
+impl Inject for InTracee<'_> {
+    fn inject(&mut self, call: Call) -> io::Result<i64> {
+        self.scratch
+            .tracee()
+            .syscall_raw(call.nr, &call.args)
+            .map_err(traced)
+    }
+
+    fn inject_all(&mut self, calls: &[Call]) -> io::Result<Vec<i64>> {
+        let mut batch: Vec<_> = calls
+            .iter()
+            .map(|c| mcr_criu_lite::Call::new(c.nr, &c.args))
+            .collect();
+        self.scratch
+            .tracee()
+            .syscalls_batch(&mut batch)
+            .map_err(traced)?;
+        Ok(batch.into_iter().map(|c| c.result).collect())
+    }
+
+    fn poke(&mut self, at: Addr, bytes: &[u8]) -> io::Result<()> {
+        self.scratch
+            .tracee()
+            .memory()
+            .write(at, bytes)
+            .map_err(io::Error::other)
+    }
+
+    fn peek(&mut self, at: Addr, bytes: &mut [u8]) -> io::Result<()> {
+        mcr_image::Memory::read(&**self.scratch.tracee().memory(), at, bytes)
+            .map_err(io::Error::other)
+    }
+
+    fn scratch(&mut self) -> io::Result<(Addr, usize)> {
+        Ok((self.scratch.addr(), self.scratch.len() as usize))
+    }
+}
 
 #[cfg(test)]
 mod tests {

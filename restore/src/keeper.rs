@@ -17,6 +17,7 @@
 //! half-way loses nothing: until it confirms, the keeper keeps its own copies.
 
 use crate::sys;
+use mcr_image::proto;
 use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect,
     getsockopt, listen, recv, send, socket, sockopt,
@@ -161,6 +162,37 @@ impl Keeper {
         }
     }
 
+    /// Starts a keeper for what a frozen process has open and is best kept as it is: sockets, pipes,
+    /// terminals. Marks them as kept in `process`. `None`: there is nothing to keep.
+    pub fn for_process(
+        image_id: &str,
+        process: &mut proto::Process,
+        options: &KeeperOptions,
+    ) -> Result<Option<Self>, KeeperError> {
+        let pidfd = sys::pidfd_open(process.pid as i32)
+            .map_err(call("pidfd_open of the frozen process"))?;
+        let mut kept: Vec<Kept> = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        for fd in &mut process.fds {
+            if let Some(ino) = mark_kept(fd)
+                && seen.insert(fd.ofd)
+            {
+                let copy = sys::pidfd_getfd(pidfd.as_fd(), fd.number as i32)
+                    .map_err(call("pidfd_getfd of a descriptor to keep"))?;
+                kept.push(Kept {
+                    ofd: fd.ofd,
+                    ino,
+                    fd: copy,
+                });
+            }
+        }
+        if kept.is_empty() {
+            Ok(None)
+        } else {
+            Self::start(image_id, kept, options).map(Some)
+        }
+    }
+
     fn hand_over(&self, sock: BorrowedFd<'_>, kept: &[Kept]) -> Result<(), KeeperError> {
         send_batches(sock, kept).map_err(call("sending descriptors to the keeper"))?;
         let mut answer = [0u8; 256];
@@ -262,6 +294,29 @@ impl Fetched {
     pub fn confirm(self) {
         // If it has gone meanwhile there is nothing left to let go of.
         let _ = send(self.sock.as_raw_fd(), b"A", MsgFlags::MSG_NOSIGNAL);
+    }
+}
+
+/// The inode of an open file that the keeper is to hold, marked as kept where the schema can say so.
+fn mark_kept(fd: &mut proto::Fd) -> Option<u64> {
+    use proto::fd::Object;
+    match fd.object.as_mut()? {
+        Object::Tcp(t) => {
+            t.kept = true;
+            Some(t.ino)
+        }
+        Object::Udp(u) => {
+            u.kept = true;
+            Some(u.ino)
+        }
+        Object::Unix(u) => {
+            u.kept = true;
+            Some(u.ino)
+        }
+        Object::Pipe(p) => Some(p.ino),
+        // A pseudo terminal's other end belongs to somebody else.
+        Object::File(f) if f.path.starts_with("/dev/pts/") => Some(f.ino),
+        _ => None,
     }
 }
 

@@ -215,11 +215,9 @@ fn locks(fd: &proto::Fd, f: &proto::File, file: &File) -> Result<(), RebuildErro
 
 /// Start and length as `struct flock` has them (length 0: to the end).
 pub(super) fn lock_range(lock: &proto::FileLock) -> (i64, i64) {
-    if lock.whole {
-        return (0, 0);
-    }
     let start = i64::try_from(lock.start).unwrap_or(0);
-    let len = if lock.end >= i64::MAX as u64 {
+    let to_the_end = lock.whole || lock.end >= i64::MAX as u64;
+    let len = if to_the_end {
         0
     } else {
         i64::try_from(lock.end + 1).unwrap_or(0) - start

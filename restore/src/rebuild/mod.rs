@@ -39,7 +39,8 @@ pub enum Threads {
     #[default]
     All,
     /// Only the leader, with memory; descriptors are open in the engine ([`Host::files`]) and the process has
-    /// none but 0, 1 and 2. No handlers, timers or credentials are set: a new version is going to be booted.
+    /// none but the engine's 0, 1 and 2. Signal actions are old's; no timers or credentials are set, and every
+    /// signal but SIGTRAP is blocked: a new version is going to be booted.
     LeaderOnly,
 }
 
@@ -200,6 +201,7 @@ pub fn rebuild(image: &Image, options: &RebuildOptions) -> Result<Host, RebuildE
             .lap("threads and process state", &mut host.phases);
     } else {
         close_range(leader, 3, u32::MAX)?;
+        process::handlers(leader, p)?;
         process::limits(leader, p)?;
         host.clock.lap("process state", &mut host.phases);
     }

@@ -428,12 +428,6 @@ pub(super) fn credentials(
             libc::SYS_prctl,
             &[4, u64::from(p.dumpable == 1), 0, 0, 0],
         )?;
-        add(
-            &mut batch,
-            "prctl PR_SET_PDEATHSIG",
-            libc::SYS_prctl,
-            &[1, 0, 0, 0, 0],
-        )?;
         if let Some(mm) = p.mm.as_ref().filter(|m| m.personality != 0) {
             add(
                 &mut batch,

@@ -41,6 +41,13 @@ fn special(v: &Vma) -> bool {
 /// Moves the new process onto an island and unmaps all the rest of it.
 pub(super) fn clear(leader: &mut Remote, process: &proto::Process) -> Result<(), RebuildError> {
     let start = free_range(process, &own_maps(leader)?)?;
+    // From here on PTRACE_O_EXITKILL ties it to the engine.
+    inside(
+        leader,
+        "prctl PR_SET_PDEATHSIG",
+        libc::SYS_prctl,
+        &[1, 0, 0, 0, 0],
+    )?;
     // The engine's libc has registered a struct rseq in memory that goes away now.
     let (addr, size, sig) = leader
         .rseq()

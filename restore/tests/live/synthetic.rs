@@ -13,6 +13,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("synthetic_dropped_host_leaves_nothing", dropped),
         Trial::test("synthetic_pid_in_use_is_refused", in_use),
         Trial::test("synthetic_leader_only", leader_only),
+        Trial::test("synthetic_descriptors_by_socket", by_socket),
     ]
 }
 
@@ -262,5 +263,56 @@ fn leader_only() -> Result<(), Failed> {
     assert!(fds.len() <= 3, "{fds:?}");
     drop(host);
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    Ok(())
+}
+
+/// 600 open files, some at several numbers, over a socket that the target opens itself.
+fn by_socket() -> Result<(), Failed> {
+    use mcr_restore::fds::{Install, install_fds};
+    use std::os::fd::AsFd;
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    let options = RebuildOptions {
+        threads: Threads::LeaderOnly,
+        ..Default::default()
+    };
+    let mut host = rebuild(&image(dir.path(), pid, 0)?, &options)?;
+    let files: Vec<_> = (0..600)
+        .map(|n| std::fs::File::create(dir.path().join(format!("file{n}"))))
+        .collect::<Result<_, _>>()?;
+    // Descending numbers, so that received and wanted ones cross.
+    let mut wanted: Vec<(i32, usize, bool)> = files
+        .iter()
+        .enumerate()
+        .map(|(n, _)| (700 - n as i32, n, n % 3 == 0))
+        .collect();
+    wanted.extend((0..50).map(|n| (1000 + n as i32, n, false)));
+    wanted.push((3, 599, true));
+    let list: Vec<Install<'_>> = wanted
+        .iter()
+        .map(|&(number, n, cloexec)| Install {
+            number: mcr_image::Fd(number),
+            file: files[n].as_fd(),
+            cloexec,
+        })
+        .collect();
+    install_fds(host.leader().ok_or("leader")?, pid as i32, &list)?;
+    let open: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .filter(|n| *n > 2)
+        .collect();
+    assert_eq!(open.len(), wanted.len());
+    for (number, n, cloexec) in wanted {
+        let link = std::fs::read_link(format!("/proc/{pid}/fd/{number}"))?;
+        assert_eq!(link, dir.path().join(format!("file{n}")), "fd {number}");
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
+        let flags = info
+            .lines()
+            .find_map(|l| l.strip_prefix("flags:"))
+            .ok_or("flags")?;
+        let flags = i64::from_str_radix(flags.trim(), 8)?;
+        assert_eq!(flags & 0o2_000_000 != 0, cloexec, "fd {number}");
+    }
     Ok(())
 }
