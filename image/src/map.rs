@@ -47,6 +47,24 @@ impl Map {
         Ok(Self::Mapped(map))
     }
 
+    /// Maps an ELF file, without copying it.
+    pub fn elf(path: &Path) -> std::io::Result<Self> {
+        let mut file = File::open(path)?;
+        let meta = file.metadata()?;
+        if !meta.is_file() || meta.len() < 1 << 16 {
+            // Small, or not a file that can be mapped (an endless device is cut off: it is no ELF file).
+            let mut v = Vec::new();
+            file.by_ref().take(1 << 30).read_to_end(&mut v)?;
+            return Ok(Self::Owned(v));
+        }
+        // SAFETY: read-only and private, handed out as `&[u8]` only while `self` lives. Programs and
+        // libraries are replaced by renaming (linkers, package managers), and the kernel refuses to write to
+        // one that runs (ETXTBSY). Should a file be cut nevertheless, this process ends by SIGBUS, and what
+        // it held stopped goes on; bytes that change under the parser are checked where they are used.
+        let map = unsafe { memmap2::Mmap::map(&file) }?;
+        Ok(Self::Mapped(map))
+    }
+
     pub fn bytes(&self) -> &[u8] {
         match self {
             Self::Mapped(m) => m,
@@ -57,4 +75,10 @@ impl Map {
 
 const fn libc_eisdir() -> i32 {
     21
+}
+
+impl AsRef<[u8]> for Map {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes()
+    }
 }

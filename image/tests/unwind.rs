@@ -214,3 +214,63 @@ fn a_broken_stack_ends_with_a_reason() {
     // A stack of garbage terminates.
     let _ = end(&|r| r.rsp = data & !7);
 }
+
+/// `cargo test --release -p mcr-image --test unwind -- --ignored --nocapture` prints what unwinding costs.
+#[test]
+#[ignore = "a measurement"]
+fn measure() {
+    use std::time::Instant;
+    let dir = tempfile::tempdir().unwrap();
+    let program = compile(dir.path(), "threads.c", &["-O2"]);
+    let mut target = Target::start(&program, &["60"]);
+    target.attach();
+    let memory = target.memory();
+    let regs: Vec<_> = target.tids().into_iter().map(|t| target.regs(t)).collect();
+    let t = Instant::now();
+    let vmas = target.vmas();
+    println!("maps {:?}", t.elapsed());
+    let t = Instant::now();
+    let modules = target.modules();
+    println!("modules {:?} ({})", t.elapsed(), modules.modules().len());
+    for m in modules.modules() {
+        let t = Instant::now();
+        let n = m.elf.symbols_named("main").len();
+        println!("symbols of {} {:?} ({n})", m.name(), t.elapsed());
+    }
+    for round in ["first", "again", "third"] {
+        let t = Instant::now();
+        let n: usize = regs
+            .iter()
+            .map(|r| unwind(&modules, &memory, r).frames.len())
+            .sum();
+        println!(
+            "{round}: {} threads, {n} frames {:?}",
+            regs.len(),
+            t.elapsed()
+        );
+    }
+    drop(vmas);
+    if let Ok(big) = std::env::var("MCR_MEASURE_ELF") {
+        let t = Instant::now();
+        let f = mcr_image::ElfFile::open(&big).unwrap();
+        println!("open {big} {:?} ({} bytes)", t.elapsed(), f.bytes().len());
+        let t = Instant::now();
+        let known = f.function_at(f.entry()).is_some();
+        println!("addresses {:?} {known}", t.elapsed());
+        let t = Instant::now();
+        let n = f.symbols_named("main").len();
+        println!("names {:?} {n}", t.elapsed());
+        let t = Instant::now();
+        let n: usize = f
+            .symbols()
+            .filter(|s| f.function_at(s.addr).is_some())
+            .count();
+        println!("{n} lookups {:?}", t.elapsed());
+        let (start, end) = f.load_range();
+        let t = Instant::now();
+        for s in f.segments() {
+            let _ = f.initial_bytes(s.vaddr, s.mem_size as usize, Addr(0));
+        }
+        println!("initial bytes of {:#x} {:?}", end.0 - start.0, t.elapsed());
+    }
+}

@@ -15,6 +15,7 @@ pub use initial::{Initial, Unknown, UnknownWord};
 pub use section::{Section, SectionKind};
 pub use symbol::{Bind, Symbol, SymbolKind};
 
+use crate::map::Map;
 use crate::{Addr, LinkAddr};
 use goblin::elf::{dynamic, header, program_header, section_header};
 use std::borrow::Cow;
@@ -139,18 +140,25 @@ pub(crate) fn half(data: &[u8], at: usize) -> Option<u32> {
 
 pub(crate) fn c_string(data: &[u8], offset: u64) -> Option<&[u8]> {
     let tail = data.get(usize::try_from(offset).ok()?..)?;
-    Some(&tail[..tail.iter().position(|&b| b == 0)?])
+    Some(std::ffi::CStr::from_bytes_until_nul(tail).ok()?.to_bytes())
 }
 
 impl ElfFile {
-    /// Reads a file.
+    /// Opens a file (a mapping, not a copy: keep a file that may be overwritten in place in memory yourself).
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ElfError> {
         let path = path.as_ref();
-        let data = std::fs::read(path).map_err(|source| ElfError::Io {
+        Self::open_as(path, path)
+    }
+
+    /// Opens a file by another way (/proc/PID/map_files/…, a temporary copy) than the name that messages and
+    /// the search for companions use.
+    pub fn open_as(path: impl AsRef<Path>, name: impl Into<PathBuf>) -> Result<Self, ElfError> {
+        let path = path.as_ref();
+        let data = Map::elf(path).map_err(|source| ElfError::Io {
             path: path.to_owned(),
             source,
         })?;
-        Self::from_bytes(path, data)
+        Self::from_shared(name, Arc::new(data))
     }
 
     /// Reads a file and attaches its debug companion (`debug` directories, `.gnu_debuglink`) if it needs one.

@@ -3,7 +3,7 @@
 use super::{ElfFile, c_string, half, range, word};
 use crate::LinkAddr;
 use goblin::elf::{section_header, sym};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// `STT_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,12 +69,20 @@ pub(super) struct SymbolTable {
     count: usize,
     /// (index of the first symbol that it covers, index of the STT_FILE symbol), ascending.
     files: Vec<(u32, u32)>,
-    /// Defined symbols by name.
-    by_name: Vec<u32>,
+    /// Defined symbols by the hash of their names, ascending.
+    by_name: OnceLock<Vec<(u64, u32)>>,
     /// One function per start address: (start, end, index), ascending.
-    functions: Vec<(u64, u64, u32)>,
+    functions: Vec<Extent>,
     /// One object per start address.
-    objects: Vec<(u64, u64, u32)>,
+    objects: Vec<Extent>,
+}
+
+type Extent = (u64, u64, u32);
+
+/// FNV-1a.
+fn hash(name: &str) -> u64 {
+    let step = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 const ENTRY: u64 = 24;
@@ -106,7 +114,7 @@ impl SymbolTable {
             strings: (0, 0),
             count: 0,
             files: Vec::new(),
-            by_name: Vec::new(),
+            by_name: OnceLock::new(),
             functions: Vec::new(),
             objects: Vec::new(),
         };
@@ -123,7 +131,6 @@ impl SymbolTable {
     fn index(&mut self, file: &ElfFile) {
         let mut functions = Vec::new();
         let mut objects = Vec::new();
-        let mut names = Vec::new();
         for i in 0..self.count {
             let Some(raw) = self.raw(file, i) else { break };
             if raw.kind == sym::STT_FILE {
@@ -133,30 +140,90 @@ impl SymbolTable {
             if raw.section == 0 || raw.kind == sym::STT_SECTION {
                 continue;
             }
-            let name = self.name(file, raw.name);
-            if name.is_empty() {
-                continue;
-            }
-            names.push((name, i as u32));
             match raw.kind {
-                sym::STT_FUNC | sym::STT_GNU_IFUNC => functions.push((raw, name, i as u32)),
-                sym::STT_OBJECT => objects.push((raw, name, i as u32)),
+                sym::STT_FUNC | sym::STT_GNU_IFUNC => functions.push((raw, i as u32)),
+                sym::STT_OBJECT => objects.push((raw, i as u32)),
                 // A label counts as code if its section does.
                 sym::STT_NOTYPE => {
                     let section = file.sections.get(usize::from(raw.section));
                     if section
                         .is_some_and(|s| s.flags & u64::from(section_header::SHF_EXECINSTR) != 0)
                     {
-                        functions.push((raw, name, i as u32));
+                        functions.push((raw, i as u32));
                     }
                 }
                 _ => {}
             }
         }
-        names.sort_unstable();
-        self.by_name = names.into_iter().map(|n| n.1).collect();
-        self.functions = extents(file, functions);
-        self.objects = extents(file, objects);
+        self.functions = self.extents(file, functions);
+        self.objects = self.extents(file, objects);
+    }
+
+    fn names(&self, file: &ElfFile) -> &[(u64, u32)] {
+        self.by_name.get_or_init(|| {
+            let defined = (0..self.count).filter_map(|i| {
+                let raw = self.raw(file, i)?;
+                let named =
+                    raw.section != 0 && raw.kind != sym::STT_SECTION && raw.kind != sym::STT_FILE;
+                let name = named
+                    .then(|| self.name(file, raw.name))
+                    .filter(|n| !n.is_empty())?;
+                Some((hash(name), i as u32))
+            });
+            let mut v: Vec<_> = defined.collect();
+            v.sort_unstable();
+            v
+        })
+    }
+
+    /// One symbol per start address. Among aliases the choice depends on nothing but their names and binding,
+    /// so that two builds agree: sized before unsized, global before weak before local, fewer leading
+    /// underscores, then the name's order.
+    fn extents(&self, file: &ElfFile, mut symbols: Vec<(Raw, u32)>) -> Vec<Extent> {
+        let bind = |b: u8| match b {
+            sym::STB_LOCAL => 2,
+            sym::STB_WEAK => 1,
+            _ => 0,
+        };
+        let underscores = |n: &str| n.len() - n.trim_start_matches('_').len();
+        let key = |r: &Raw| {
+            let name = self.name(file, r.name);
+            (
+                r.size == 0,
+                r.kind == sym::STT_NOTYPE,
+                bind(r.bind),
+                underscores(name),
+                name,
+            )
+        };
+        symbols.sort_unstable_by_key(|s| (s.0.value, s.1));
+        let mut best: Vec<(Raw, u32)> = Vec::with_capacity(symbols.len());
+        for s in symbols {
+            match best.last_mut().filter(|b| b.0.value == s.0.value) {
+                Some(b) if key(&s.0) < key(&b.0) => *b = s,
+                Some(_) => {}
+                None => best.push(s),
+            }
+        }
+        let mut out = Vec::with_capacity(best.len());
+        let mut inside = 0;
+        for (n, (raw, i)) in best.iter().enumerate() {
+            let end = if raw.size > 0 {
+                raw.value.saturating_add(raw.size)
+            } else if raw.value < inside {
+                // A label in the middle of a function is not a function.
+                continue;
+            } else {
+                // An unsized symbol reaches to the next one, at most to the end of its section.
+                let section = file.sections.get(usize::from(raw.section));
+                let limit = section.map_or(raw.value, |s| s.addr.0.saturating_add(s.size));
+                best.get(n + 1)
+                    .map_or(limit, |next| next.0.value.min(limit))
+            };
+            inside = inside.max(end);
+            out.push((raw.value, end, *i));
+        }
+        out
     }
 
     pub(super) fn len(&self) -> usize {
@@ -233,15 +300,12 @@ impl SymbolTable {
     }
 
     pub(super) fn named<'a>(&self, file: &'a ElfFile, name: &str) -> Vec<Symbol<'a>> {
-        let name_of = |i: u32| {
-            self.raw(file, i as usize)
-                .map_or("", |r| self.name(file, r.name))
-        };
-        let first = self.by_name.partition_point(|&i| name_of(i) < name);
-        let same = self.by_name[first..]
-            .iter()
-            .take_while(|&&i| name_of(i) == name);
-        same.filter_map(|&i| self.get(file, i as usize)).collect()
+        let (names, h) = (self.names(file), hash(name));
+        let first = names.partition_point(|n| n.0 < h);
+        let same = names[first..].iter().take_while(|n| n.0 == h);
+        same.filter_map(|n| self.get(file, n.1 as usize))
+            .filter(|s| s.name == name)
+            .collect()
     }
 
     pub(super) fn function_at<'a>(&self, file: &'a ElfFile, a: LinkAddr) -> Option<Symbol<'a>> {
@@ -261,49 +325,6 @@ struct Raw {
     section: u16,
     value: u64,
     size: u64,
-}
-
-/// One symbol per start address. Among aliases the choice depends on nothing but their names and binding,
-/// so that two builds agree: sized before unsized, global before weak before local, fewer leading
-/// underscores, then the name's order.
-fn extents(file: &ElfFile, mut symbols: Vec<(Raw, &str, u32)>) -> Vec<(u64, u64, u32)> {
-    let bind = |b: u8| match b {
-        sym::STB_LOCAL => 2,
-        sym::STB_WEAK => 1,
-        _ => 0,
-    };
-    let underscores = |n: &str| n.len() - n.trim_start_matches('_').len();
-    symbols.sort_unstable_by(|(a, an, ai), (b, bn, bi)| {
-        let key = |r: &Raw, n: &str| {
-            (
-                r.value,
-                r.size == 0,
-                r.kind == sym::STT_NOTYPE,
-                bind(r.bind),
-                underscores(n),
-            )
-        };
-        key(a, an)
-            .cmp(&key(b, bn))
-            .then_with(|| an.cmp(bn))
-            .then(ai.cmp(bi))
-    });
-    symbols.dedup_by_key(|s| s.0.value);
-    let mut out = Vec::with_capacity(symbols.len());
-    for (n, (raw, _, i)) in symbols.iter().enumerate() {
-        let end = if raw.size > 0 {
-            raw.value.saturating_add(raw.size)
-        } else {
-            // An unsized label reaches to the next symbol, at most to the end of its section.
-            let section = file.sections.get(usize::from(raw.section));
-            let limit = section.map_or(raw.value, |s| s.addr.0.saturating_add(s.size));
-            symbols
-                .get(n + 1)
-                .map_or(limit, |next| next.0.value.min(limit))
-        };
-        out.push((raw.value, end, *i));
-    }
-    out
 }
 
 /// The entry with the greatest start that holds the address (symbols may nest, rarely and not deep).
