@@ -23,10 +23,7 @@ pub enum InstallError {
         source: io::Error,
     },
     /// A call in the target failed.
-    #[error(
-        "installing descriptors: {call} in the target: {source}{}",
-        limit(source)
-    )]
+    #[error("installing descriptors: {call} in the target: {source}{}", limit(source))]
     Inside {
         /// The call.
         call: &'static str,
@@ -34,9 +31,7 @@ pub enum InstallError {
         source: io::Error,
     },
     /// The target received something else than was sent.
-    #[error(
-        "installing descriptors: {sent} sent, {received} received (limit of open files in the target?)"
-    )]
+    #[error("installing descriptors: {sent} sent, {received} received (limit of open files in the target?)")]
     Lost {
         /// Descriptors sent.
         sent: usize,
@@ -47,9 +42,7 @@ pub enum InstallError {
 
 fn limit(e: &io::Error) -> &'static str {
     match e.raw_os_error() {
-        Some(libc::EMFILE | libc::EBADF) => {
-            "; the target's limit of open files (ulimit -n) is too low"
-        }
+        Some(libc::EMFILE | libc::EBADF) => "; the target's limit of open files (ulimit -n) is too low",
         _ => "",
     }
 }
@@ -107,8 +100,9 @@ pub enum Move {
 
 /// Orders the moves `(from, to, cloexec)` so that no destination overwrites a source that is still to be read.
 /// Destinations are distinct; a source may go to many. Afterwards no source is left open that is no destination.
+/// Numbers from `spare` on must be unused: circles are broken there.
 #[must_use]
-pub fn plan_moves(moves: &[(RawFd, RawFd, bool)]) -> Vec<Move> {
+pub fn plan_moves(moves: &[(RawFd, RawFd, bool)], mut spare: RawFd) -> Vec<Move> {
     let mut out = Vec::with_capacity(moves.len() * 2);
     // How many reads of each number are still to come, and the spare that took its place.
     let mut reads: BTreeMap<RawFd, usize> = BTreeMap::new();
@@ -119,29 +113,17 @@ pub fn plan_moves(moves: &[(RawFd, RawFd, bool)]) -> Vec<Move> {
     }
     let destinations: BTreeSet<RawFd> = moves.iter().map(|m| m.1).collect();
     let by_to: BTreeMap<RawFd, (RawFd, bool)> = moves.iter().map(|m| (m.1, (m.0, m.2))).collect();
-    let mut spare = moves.iter().map(|m| m.0.max(m.1)).max().unwrap_or(0) + 1;
     let mut parked: BTreeMap<RawFd, RawFd> = BTreeMap::new();
     let mut done: BTreeSet<RawFd> = BTreeSet::new();
     // A move is ready when nothing reads its destination any more; making one may make another ready.
-    let mut ready: Vec<RawFd> = by_to
-        .keys()
-        .copied()
-        .filter(|to| !reads.contains_key(to) && by_to[to].0 != *to)
-        .collect();
-    let mut rest: Vec<RawFd> = by_to
-        .keys()
-        .copied()
-        .filter(|to| by_to[to].0 != *to)
-        .collect();
+    let mut ready: Vec<RawFd> =
+        by_to.keys().copied().filter(|to| !reads.contains_key(to) && by_to[to].0 != *to).collect();
+    let mut rest: Vec<RawFd> = by_to.keys().copied().filter(|to| by_to[to].0 != *to).collect();
     loop {
         while let Some(to) = ready.pop() {
             let (from, cloexec) = by_to[&to];
             done.insert(to);
-            out.push(Move::Dup {
-                from: parked.get(&from).copied().unwrap_or(from),
-                to,
-                cloexec,
-            });
+            out.push(Move::Dup { from: parked.get(&from).copied().unwrap_or(from), to, cloexec });
             if let Some(n) = reads.get_mut(&from) {
                 *n -= 1;
                 if *n == 0 {
@@ -170,10 +152,7 @@ pub fn plan_moves(moves: &[(RawFd, RawFd, bool)]) -> Vec<Move> {
     }
     for (fd, (from, cloexec)) in &by_to {
         if fd == from {
-            out.push(Move::Flag {
-                fd: *fd,
-                cloexec: *cloexec,
-            });
+            out.push(Move::Flag { fd: *fd, cloexec: *cloexec });
         }
     }
     out
@@ -187,114 +166,84 @@ fn calls_for(plan: &[Move]) -> Vec<Call> {
             Move::Dup { from, to, cloexec } => {
                 Call::new(libc::SYS_dup3, &[from as u64, to as u64, flag(cloexec)])
             }
-            Move::Park { from, spare } => {
-                Call::new(libc::SYS_dup3, &[from as u64, spare as u64, flag(true)])
+            Move::Park { from, spare } => Call::new(libc::SYS_dup3, &[from as u64, spare as u64, flag(true)]),
+            Move::Flag { fd, cloexec } => {
+                Call::new(libc::SYS_fcntl, &[fd as u64, libc::F_SETFD as u64, u64::from(cloexec)])
             }
-            Move::Flag { fd, cloexec } => Call::new(
-                libc::SYS_fcntl,
-                &[fd as u64, libc::F_SETFD as u64, u64::from(cloexec)],
-            ),
             Move::Close { fd } => Call::new(libc::SYS_close, &[fd as u64]),
         })
         .collect()
 }
 
 fn run_plan<I: Inject>(target: &mut I, plan: &[Move]) -> Result<(), InstallError> {
-    for r in target
-        .inject_all(&calls_for(plan))
-        .map_err(engine("running calls in the target"))?
-    {
+    for r in target.inject_all(&calls_for(plan)).map_err(engine("running calls in the target"))? {
         crate::rebuild::remote::result(r).map_err(inside("dup3/fcntl/close"))?;
     }
     Ok(())
 }
 
-/// Moves descriptors that the target already has: `(its number, number to get, cloexec)`.
+/// Moves descriptors that the target already has: `(its number, number to get, cloexec)`. Numbers from `spare`
+/// on are not in use.
 pub fn move_fds<I: Inject>(
     target: &mut I,
     moves: &[(RawFd, RawFd, bool)],
+    spare: RawFd,
 ) -> Result<(), InstallError> {
-    run_plan(target, &plan_moves(moves))
+    run_plan(target, &plan_moves(moves, spare))
 }
 
 /// Installs open files of the engine in a stopped process that shares no descriptor with it. `pid` is checked
 /// against the peer that connects, so that nobody else gets them.
 ///
 /// The target executes socket, connect, recvmsg, dup3 and close; its other descriptors stay as they are.
-pub fn install_fds<I: Inject>(
-    target: &mut I,
-    pid: i32,
-    fds: &[Install<'_>],
-) -> Result<(), InstallError> {
+pub fn install_fds<I: Inject>(target: &mut I, pid: i32, fds: &[Install<'_>]) -> Result<(), InstallError> {
     use nix::sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen,
-        socket, sockopt,
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen, socket,
+        sockopt,
     };
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     if fds.is_empty() {
         return Ok(());
     }
-    let name = format!(
-        "mcr-fds-{}-{}",
-        std::process::id(),
-        COUNTER.fetch_add(1, Ordering::Relaxed)
-    );
-    let listener = socket(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .map_err(|e| engine("socket")(e.into()))?;
-    let addr =
-        UnixAddr::new_abstract(name.as_bytes()).map_err(|e| engine("abstract name")(e.into()))?;
+    let name = format!("mcr-fds-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(|e| engine("socket")(e.into()))?;
+    let addr = UnixAddr::new_abstract(name.as_bytes()).map_err(|e| engine("abstract name")(e.into()))?;
     bind(listener.as_raw_fd(), &addr).map_err(|e| engine("bind")(e.into()))?;
     listen(&listener, Backlog::MAXALLOWABLE).map_err(|e| engine("listen")(e.into()))?;
 
     let kind = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u64;
-    let made = target
-        .call(libc::SYS_socket, &[libc::AF_UNIX as u64, kind, 0])
-        .map_err(inside("socket"))?;
+    let made = target.call(libc::SYS_socket, &[libc::AF_UNIX as u64, kind, 0]).map_err(inside("socket"))?;
     let mut channel = made as RawFd;
     let mut raw = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
     raw.push(0);
     raw.extend_from_slice(name.as_bytes());
-    let connected = target.call_with(
-        libc::SYS_connect,
-        &[Some(made), None, Some(raw.len() as u64)],
-        &raw,
-    );
+    let connected = target.call_with(libc::SYS_connect, &[Some(made), None, Some(raw.len() as u64)], &raw);
     connected.map_err(inside("connect"))?;
-    // Out of the way of every number that is to be filled.
-    let top = fds
-        .iter()
-        .map(|f| f.number.0)
+    let in_use = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .map_err(engine("reading /proc/PID/fd"))?
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<RawFd>().ok())
         .max()
-        .unwrap_or(0)
-        .max(channel)
-        + 1;
+        .unwrap_or(0);
+    // Out of the way of every number that is to be filled.
+    let top = fds.iter().map(|f| f.number.0).max().unwrap_or(0).max(channel) + 1;
     if fds.iter().any(|f| f.number.0 == channel) {
         target
-            .call(
-                libc::SYS_dup3,
-                &[channel as u64, top as u64, libc::O_CLOEXEC as u64],
-            )
+            .call(libc::SYS_dup3, &[channel as u64, top as u64, libc::O_CLOEXEC as u64])
             .map_err(inside("dup3 of the channel"))?;
-        target
-            .call(libc::SYS_close, &[channel as u64])
-            .map_err(inside("close"))?;
+        target.call(libc::SYS_close, &[channel as u64]).map_err(inside("close"))?;
         channel = top;
     }
     let ours = loop {
-        let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)
-            .map_err(|e| engine("accept")(e.into()))?;
+        let fd =
+            accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map_err(|e| engine("accept")(e.into()))?;
         let fd = sys::inherited_fd(fd).map_err(engine("accept"))?;
-        let peer = getsockopt(&fd, sockopt::PeerCredentials)
-            .map_err(|e| engine("SO_PEERCRED")(e.into()))?;
+        let peer = getsockopt(&fd, sockopt::PeerCredentials).map_err(|e| engine("SO_PEERCRED")(e.into()))?;
         if peer.pid() == pid {
             break fd;
         }
     };
+    let spare = in_use.max(top) + 1;
     // One message carries each open file once, however many numbers it gets.
     let mut by_file: BTreeMap<RawFd, Vec<&Install<'_>>> = BTreeMap::new();
     for f in fds {
@@ -302,11 +251,9 @@ pub fn install_fds<I: Inject>(
     }
     let files: Vec<_> = by_file.into_values().collect();
     for batch in files.chunks(sys::SCM_MAX_FD) {
-        send_batch(target, ours.as_fd(), channel, batch)?;
+        send_batch(target, ours.as_fd(), channel, batch, spare)?;
     }
-    target
-        .call(libc::SYS_close, &[channel as u64])
-        .map_err(inside("close"))?;
+    target.call(libc::SYS_close, &[channel as u64]).map_err(inside("close"))?;
     Ok(())
 }
 
@@ -315,22 +262,20 @@ fn send_batch<I: Inject>(
     ours: BorrowedFd<'_>,
     channel: RawFd,
     batch: &[Vec<&Install<'_>>],
+    spare: RawFd,
 ) -> Result<(), InstallError> {
     let raw: Vec<RawFd> = batch.iter().map(|f| f[0].file.as_raw_fd()).collect();
     sys::send_fds(ours, b"F", &raw).map_err(engine("sendmsg"))?;
     let received = receive(target, channel)?;
     if received.len() != raw.len() {
-        return Err(InstallError::Lost {
-            sent: raw.len(),
-            received: received.len(),
-        });
+        return Err(InstallError::Lost { sent: raw.len(), received: received.len() });
     }
     let moves: Vec<_> = received
         .iter()
         .zip(batch)
         .flat_map(|(have, list)| list.iter().map(|f| (*have, f.number.0, f.cloexec)))
         .collect();
-    move_fds(target, &moves)
+    move_fds(target, &moves, spare)
 }
 
 /// recvmsg in the target; the numbers it got.
@@ -349,42 +294,23 @@ fn receive<I: Inject>(target: &mut I, channel: RawFd) -> Result<Vec<RawFd>, Inst
     put(40, room as u64);
     put(IOV as usize, at.0 + DATA);
     put(IOV as usize + 8, 1);
+    target.poke(at, &b).map_err(engine("writing the target's memory"))?;
     target
-        .poke(at, &b)
-        .map_err(engine("writing the target's memory"))?;
-    target
-        .call(
-            libc::SYS_recvmsg,
-            &[channel as u64, at.0, libc::MSG_CMSG_CLOEXEC as u64],
-        )
+        .call(libc::SYS_recvmsg, &[channel as u64, at.0, libc::MSG_CMSG_CLOEXEC as u64])
         .map_err(inside("recvmsg"))?;
-    target
-        .peek(at, &mut b)
-        .map_err(engine("reading the target's memory"))?;
-    let word = |off: usize| {
-        b.get(off..off + 8)
-            .and_then(|w| w.try_into().ok())
-            .map_or(0, u64::from_ne_bytes)
-    };
+    target.peek(at, &mut b).map_err(engine("reading the target's memory"))?;
+    let word = |off: usize| b.get(off..off + 8).and_then(|w| w.try_into().ok()).map_or(0, u64::from_ne_bytes);
     // struct cmsghdr: length, level, type.
     let used = word(40) as usize;
     let len = (word(CONTROL as usize) as usize).min(used);
-    let list = b
-        .get(CONTROL as usize + 16..CONTROL as usize + len.max(16))
-        .unwrap_or(&[]);
-    Ok(list
-        .chunks_exact(4)
-        .map(|c| RawFd::from_ne_bytes([c[0], c[1], c[2], c[3]]))
-        .collect())
+    let list = b.get(CONTROL as usize + 16..CONTROL as usize + len.max(16)).unwrap_or(&[]);
+    Ok(list.chunks_exact(4).map(|c| RawFd::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect())
 }
 
 /// Copies of a stopped process's open files (pidfd_getfd(2)).
 pub fn take_copies(pid: i32, numbers: &[Fd]) -> io::Result<Vec<OwnedFd>> {
     let pidfd = sys::pidfd_open(pid)?;
-    numbers
-        .iter()
-        .map(|n| sys::pidfd_getfd(pidfd.as_fd(), n.0))
-        .collect()
+    numbers.iter().map(|n| sys::pidfd_getfd(pidfd.as_fd(), n.0)).collect()
 }
 
 /// A tracee of `mcr_criu_lite` as the target of [`install_fds`], with memory for arguments that is unmapped when
@@ -410,35 +336,21 @@ fn traced(e: mcr_criu_lite::TraceError) -> io::Error {
 
 impl Inject for InTracee<'_> {
     fn inject(&mut self, call: Call) -> io::Result<i64> {
-        self.scratch
-            .tracee()
-            .syscall_raw(call.nr, &call.args)
-            .map_err(traced)
+        self.scratch.tracee().syscall_raw(call.nr, &call.args).map_err(traced)
     }
 
     fn inject_all(&mut self, calls: &[Call]) -> io::Result<Vec<i64>> {
-        let mut batch: Vec<_> = calls
-            .iter()
-            .map(|c| mcr_criu_lite::Call::new(c.nr, &c.args))
-            .collect();
-        self.scratch
-            .tracee()
-            .syscalls_batch(&mut batch)
-            .map_err(traced)?;
+        let mut batch: Vec<_> = calls.iter().map(|c| mcr_criu_lite::Call::new(c.nr, &c.args)).collect();
+        self.scratch.tracee().syscalls_batch(&mut batch).map_err(traced)?;
         Ok(batch.into_iter().map(|c| c.result).collect())
     }
 
     fn poke(&mut self, at: Addr, bytes: &[u8]) -> io::Result<()> {
-        self.scratch
-            .tracee()
-            .memory()
-            .write(at, bytes)
-            .map_err(io::Error::other)
+        self.scratch.tracee().memory().write(at, bytes).map_err(io::Error::other)
     }
 
     fn peek(&mut self, at: Addr, bytes: &mut [u8]) -> io::Result<()> {
-        mcr_image::Memory::read(&**self.scratch.tracee().memory(), at, bytes)
-            .map_err(io::Error::other)
+        mcr_image::Memory::read(&**self.scratch.tracee().memory(), at, bytes).map_err(io::Error::other)
     }
 
     fn scratch(&mut self) -> io::Result<(Addr, usize)> {
@@ -453,7 +365,7 @@ mod tests {
     /// Executes a plan on a model of a descriptor table.
     fn run(moves: &[(RawFd, RawFd, bool)]) -> BTreeMap<RawFd, RawFd> {
         let mut table: BTreeMap<RawFd, RawFd> = moves.iter().map(|m| (m.0, m.0)).collect();
-        for step in plan_moves(moves) {
+        for step in plan_moves(moves, 100) {
             match step {
                 Move::Dup { from, to, .. } => {
                     assert_ne!(from, to);
@@ -484,13 +396,7 @@ mod tests {
         check(&[(3, 4, false), (4, 5, false), (5, 3, true)]);
         check(&[(3, 3, true), (3, 4, false), (9, 1, false)]);
         check(&[(3, 4, false), (4, 3, false), (3, 7, true), (4, 8, false)]);
-        check(&[
-            (10, 3, false),
-            (3, 10, false),
-            (11, 4, false),
-            (4, 12, false),
-            (3, 1, false),
-        ]);
+        check(&[(10, 3, false), (3, 10, false), (11, 4, false), (4, 12, false), (3, 1, false)]);
     }
 
     #[test]
@@ -498,9 +404,8 @@ mod tests {
         let n = 5;
         for code in 0..5usize.pow(5) {
             // `to` number i gets source digit i: sources repeat, destinations do not.
-            let moves: Vec<_> = (0..n)
-                .map(|i| ((code / 5usize.pow(i)) as RawFd % 5, i as RawFd, false))
-                .collect();
+            let moves: Vec<_> =
+                (0..n).map(|i| ((code / 5usize.pow(i)) as RawFd % 5, i as RawFd, false)).collect();
             check(&moves);
         }
     }

@@ -19,8 +19,8 @@
 use crate::sys;
 use mcr_image::proto;
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect,
-    getsockopt, listen, recv, send, socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
+    listen, recv, send, socket, sockopt,
 };
 use std::collections::HashMap;
 use std::io;
@@ -75,10 +75,7 @@ pub enum KeeperError {
 }
 
 fn call<E: Into<io::Error>>(call: &'static str) -> impl FnOnce(E) -> KeeperError {
-    move |e| KeeperError::Call {
-        call,
-        source: e.into(),
-    }
+    move |e| KeeperError::Call { call, source: e.into() }
 }
 
 /// One open file to keep: its id in the image, its inode, and our copy of it.
@@ -103,10 +100,7 @@ pub struct KeeperOptions {
 
 impl Default for KeeperOptions {
     fn default() -> Self {
-        Self {
-            program: PathBuf::from("/proc/self/exe"),
-            deadline: DEFAULT_DEADLINE,
-        }
+        Self { program: PathBuf::from("/proc/self/exe"), deadline: DEFAULT_DEADLINE }
     }
 }
 
@@ -126,11 +120,7 @@ pub struct Keeper {
 impl Keeper {
     /// Starts a keeper for `image_id` and hands it `kept`. Returns once it listens. The caller's copies are
     /// closed by dropping `kept`.
-    pub fn start(
-        image_id: &str,
-        kept: Vec<Kept>,
-        options: &KeeperOptions,
-    ) -> Result<Self, KeeperError> {
+    pub fn start(image_id: &str, kept: Vec<Kept>, options: &KeeperOptions) -> Result<Self, KeeperError> {
         let name = socket_name(image_id);
         let (ours, theirs) =
             sys::unix_pair(libc::SOCK_SEQPACKET).map_err(call("socketpair for the hand-over"))?;
@@ -139,10 +129,7 @@ impl Keeper {
         let child = Command::new(&options.program)
             .arg(SUBCOMMAND)
             .args(["--name", &name])
-            .args([
-                "--deadline-s",
-                &options.deadline.as_secs().max(1).to_string(),
-            ])
+            .args(["--deadline-s", &options.deadline.as_secs().max(1).to_string()])
             .args(["--fd", &theirs.as_raw_fd().to_string()])
             .env_clear()
             .current_dir("/")
@@ -169,8 +156,7 @@ impl Keeper {
         process: &mut proto::Process,
         options: &KeeperOptions,
     ) -> Result<Option<Self>, KeeperError> {
-        let pidfd = sys::pidfd_open(process.pid as i32)
-            .map_err(call("pidfd_open of the frozen process"))?;
+        let pidfd = sys::pidfd_open(process.pid as i32).map_err(call("pidfd_open of the frozen process"))?;
         let mut kept: Vec<Kept> = Vec::new();
         let mut seen = std::collections::HashSet::new();
         for fd in &mut process.fds {
@@ -179,18 +165,10 @@ impl Keeper {
             {
                 let copy = sys::pidfd_getfd(pidfd.as_fd(), fd.number as i32)
                     .map_err(call("pidfd_getfd of a descriptor to keep"))?;
-                kept.push(Kept {
-                    ofd: fd.ofd,
-                    ino,
-                    fd: copy,
-                });
+                kept.push(Kept { ofd: fd.ofd, ino, fd: copy });
             }
         }
-        if kept.is_empty() {
-            Ok(None)
-        } else {
-            Self::start(image_id, kept, options).map(Some)
-        }
+        if kept.is_empty() { Ok(None) } else { Self::start(image_id, kept, options).map(Some) }
     }
 
     fn hand_over(&self, sock: BorrowedFd<'_>, kept: &[Kept]) -> Result<(), KeeperError> {
@@ -202,15 +180,11 @@ impl Keeper {
             return Ok(());
         }
         let what = if n == 0 {
-            "it ended before it listened (does this program know the `keeper` subcommand?)"
-                .to_owned()
+            "it ended before it listened (does this program know the `keeper` subcommand?)".to_owned()
         } else {
             String::from_utf8_lossy(&answer[..n]).into_owned()
         };
-        Err(KeeperError::Protocol {
-            name: self.name.clone(),
-            what,
-        })
+        Err(KeeperError::Protocol { name: self.name.clone(), what })
     }
 
     /// Name of its abstract socket, for `Meta.keeper_socket`.
@@ -240,10 +214,8 @@ impl Keeper {
     pub fn fetch(name: &str) -> Result<Fetched, KeeperError> {
         let sock = connect_to(name)?;
         send(sock.as_raw_fd(), b"F", MsgFlags::MSG_NOSIGNAL).map_err(call("asking the keeper"))?;
-        let kept = recv_batches(sock.as_fd()).map_err(|e| KeeperError::Protocol {
-            name: name.to_owned(),
-            what: e.to_string(),
-        })?;
+        let kept = recv_batches(sock.as_fd())
+            .map_err(|e| KeeperError::Protocol { name: name.to_owned(), what: e.to_string() })?;
         let fds = kept.into_iter().map(|k| (k.ofd, k)).collect();
         Ok(Fetched { fds, sock })
     }
@@ -251,12 +223,10 @@ impl Keeper {
     /// Tells the keeper `name`, whoever started it, to close everything and end.
     pub fn drop_all(name: &str) -> Result<(), KeeperError> {
         let sock = connect_to(name)?;
-        send(sock.as_raw_fd(), b"D", MsgFlags::MSG_NOSIGNAL)
-            .map_err(call("telling the keeper to end"))?;
+        send(sock.as_raw_fd(), b"D", MsgFlags::MSG_NOSIGNAL).map_err(call("telling the keeper to end"))?;
         let mut b = [0u8; 1];
         // It closes before it answers by ending: end-of-file is the confirmation.
-        recv(sock.as_raw_fd(), &mut b, MsgFlags::empty())
-            .map_err(call("waiting for the keeper's end"))?;
+        recv(sock.as_raw_fd(), &mut b, MsgFlags::empty()).map_err(call("waiting for the keeper's end"))?;
         Ok(())
     }
 
@@ -265,18 +235,12 @@ impl Keeper {
         let sock = connect_to(name)?;
         send(sock.as_raw_fd(), b"S", MsgFlags::MSG_NOSIGNAL).map_err(call("asking the keeper"))?;
         let mut b = [0u8; 12];
-        let n = recv(sock.as_raw_fd(), &mut b, MsgFlags::empty())
-            .map_err(call("reading the keeper's answer"))?;
+        let n =
+            recv(sock.as_raw_fd(), &mut b, MsgFlags::empty()).map_err(call("reading the keeper's answer"))?;
         let (count, left) = b.split_at(4);
         match (n, count.try_into(), left.try_into()) {
-            (12, Ok(c), Ok(l)) => Ok((
-                u32::from_le_bytes(c),
-                Duration::from_secs(u64::from_le_bytes(l)),
-            )),
-            _ => Err(KeeperError::Protocol {
-                name: name.to_owned(),
-                what: format!("{n} bytes of status"),
-            }),
+            (12, Ok(c), Ok(l)) => Ok((u32::from_le_bytes(c), Duration::from_secs(u64::from_le_bytes(l)))),
+            _ => Err(KeeperError::Protocol { name: name.to_owned(), what: format!("{n} bytes of status") }),
         }
     }
 }
@@ -321,24 +285,13 @@ fn mark_kept(fd: &mut proto::Fd) -> Option<u64> {
 }
 
 fn connect_to(name: &str) -> Result<OwnedFd, KeeperError> {
-    let sock = socket(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .map_err(call("socket to reach the keeper"))?;
+    let sock = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(call("socket to reach the keeper"))?;
     let addr = UnixAddr::new_abstract(name.as_bytes()).map_err(call("keeper's socket name"))?;
-    connect(sock.as_raw_fd(), &addr).map_err(|_| KeeperError::Gone {
-        name: name.to_owned(),
-    })?;
-    let peer =
-        getsockopt(&sock, sockopt::PeerCredentials).map_err(call("SO_PEERCRED of the keeper"))?;
+    connect(sock.as_raw_fd(), &addr).map_err(|_| KeeperError::Gone { name: name.to_owned() })?;
+    let peer = getsockopt(&sock, sockopt::PeerCredentials).map_err(call("SO_PEERCRED of the keeper"))?;
     if peer.uid() != 0 && peer.uid() != nix::unistd::geteuid().as_raw() {
-        return Err(KeeperError::Stranger {
-            name: name.to_owned(),
-            uid: peer.uid(),
-        });
+        return Err(KeeperError::Stranger { name: name.to_owned(), uid: peer.uid() });
     }
     Ok(sock)
 }
@@ -447,12 +400,7 @@ fn serve(name: &str, deadline: Instant, handover: OwnedFd) -> io::Result<()> {
 }
 
 fn listen_on(name: &str) -> io::Result<OwnedFd> {
-    let sock = socket(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
+    let sock = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     bind(sock.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
     listen(&sock, Backlog::new(8)?)?;
     Ok(sock)
@@ -465,14 +413,9 @@ fn wait_readable(fd: BorrowedFd<'_>, deadline: Instant) -> io::Result<bool> {
         if left.is_zero() {
             return Ok(false);
         }
-        let ms = u32::try_from(left.as_millis() + 1)
-            .unwrap_or(u32::MAX)
-            .min(i32::MAX as u32);
+        let ms = u32::try_from(left.as_millis() + 1).unwrap_or(u32::MAX).min(i32::MAX as u32);
         let mut set = [PollFd::new(fd, PollFlags::POLLIN)];
-        match poll(
-            &mut set,
-            PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX),
-        ) {
+        match poll(&mut set, PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)) {
             Ok(0) | Err(nix::Error::EINTR) => {}
             Ok(_) => return Ok(true),
             Err(e) => return Err(e.into()),
@@ -496,10 +439,7 @@ fn attend(peer: &OwnedFd, kept: &[Kept], deadline: Instant) -> io::Result<bool> 
             (1, b'F') => send_batches(peer.as_fd(), kept)?,
             (1, b'A' | b'D') => return Ok(true),
             (1, b'S') => {
-                let mut b = u32::try_from(kept.len())
-                    .unwrap_or(u32::MAX)
-                    .to_le_bytes()
-                    .to_vec();
+                let mut b = u32::try_from(kept.len()).unwrap_or(u32::MAX).to_le_bytes().to_vec();
                 let left = deadline.saturating_duration_since(Instant::now()).as_secs();
                 b.extend_from_slice(&left.to_le_bytes());
                 send(peer.as_raw_fd(), &b, MsgFlags::MSG_NOSIGNAL)?;

@@ -6,11 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 fn check(r: i64) -> io::Result<i64> {
-    if r < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(r)
-    }
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
 }
 
 /// setsockopt(2) with any level and name.
@@ -57,8 +53,7 @@ pub fn socket(family: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
 pub fn unix_pair(kind: i32) -> io::Result<(OwnedFd, OwnedFd)> {
     let mut v: [RawFd; 2] = [-1; 2];
     // SAFETY: `v` has room for the two descriptors that the kernel writes.
-    let r =
-        unsafe { libc::socketpair(libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0, v.as_mut_ptr()) };
+    let r = unsafe { libc::socketpair(libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0, v.as_mut_ptr()) };
     check(i64::from(r))?;
     Ok((owned(i64::from(v[0]))?, owned(i64::from(v[1]))?))
 }
@@ -83,21 +78,14 @@ pub fn set_owner(fd: BorrowedFd<'_>, pid: i32) -> io::Result<()> {
 /// fcntl(2) with a `struct flock` (`F_OFD_SETLK`).
 pub fn ofd_lock(fd: BorrowedFd<'_>, write: bool, start: i64, len: i64) -> io::Result<()> {
     let lock = libc::flock {
-        l_type: if write {
-            libc::F_WRLCK as i16
-        } else {
-            libc::F_RDLCK as i16
-        },
+        l_type: if write { libc::F_WRLCK as i16 } else { libc::F_RDLCK as i16 },
         l_whence: libc::SEEK_SET as i16,
         l_start: start,
         l_len: len,
         l_pid: 0,
     };
     // SAFETY: `lock` is a complete struct flock that lives through the call.
-    check(i64::from(unsafe {
-        libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock)
-    }))
-    .map(drop)
+    check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })).map(drop)
 }
 
 /// listen(2).
@@ -128,22 +116,13 @@ pub fn ioctl_u64(fd: BorrowedFd<'_>, request: u64, value: u64) -> io::Result<()>
 /// signalfd4(2) for a 64-bit kernel mask.
 pub fn signalfd(mask: u64) -> io::Result<OwnedFd> {
     // SAFETY: the kernel reads eight bytes from `mask`.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_signalfd4,
-            -1,
-            &raw const mask,
-            8usize,
-            libc::SFD_CLOEXEC,
-        )
-    };
+    let r = unsafe { libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, 8usize, libc::SFD_CLOEXEC) };
     owned(check(r)?)
 }
 
 /// eventfd2(2).
 pub fn eventfd(semaphore: bool) -> io::Result<OwnedFd> {
-    let flags =
-        libc::EFD_CLOEXEC | libc::EFD_NONBLOCK | if semaphore { libc::EFD_SEMAPHORE } else { 0 };
+    let flags = libc::EFD_CLOEXEC | libc::EFD_NONBLOCK | if semaphore { libc::EFD_SEMAPHORE } else { 0 };
     // SAFETY: no pointers are passed.
     owned(check(i64::from(unsafe { libc::eventfd(0, flags) }))?)
 }
@@ -151,53 +130,38 @@ pub fn eventfd(semaphore: bool) -> io::Result<OwnedFd> {
 /// timerfd_create(2) and, where a time is left, timerfd_settime(2) with a relative time.
 pub fn timerfd(clockid: i32, value_ns: u64, interval_ns: u64) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are passed.
-    let fd = owned(check(i64::from(unsafe {
-        libc::timerfd_create(clockid, libc::TFD_CLOEXEC)
-    }))?)?;
+    let fd = owned(check(i64::from(unsafe { libc::timerfd_create(clockid, libc::TFD_CLOEXEC) }))?)?;
     if value_ns != 0 {
-        let spec = libc::itimerspec {
-            it_interval: timespec(interval_ns),
-            it_value: timespec(value_ns),
-        };
+        let spec = libc::itimerspec { it_interval: timespec(interval_ns), it_value: timespec(value_ns) };
         // SAFETY: `spec` is complete and lives through the call; no old value is asked for.
-        let r = unsafe {
-            libc::timerfd_settime(fd.as_raw_fd(), 0, &raw const spec, std::ptr::null_mut())
-        };
+        let r = unsafe { libc::timerfd_settime(fd.as_raw_fd(), 0, &raw const spec, std::ptr::null_mut()) };
         check(i64::from(r))?;
     }
     Ok(fd)
 }
 
 fn timespec(ns: u64) -> libc::timespec {
-    libc::timespec {
-        tv_sec: (ns / 1_000_000_000) as i64,
-        tv_nsec: (ns % 1_000_000_000) as i64,
-    }
+    libc::timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 }
 }
 
 /// memfd_create(2), close-on-exec, sealing allowed.
 pub fn memfd(name: &str) -> io::Result<OwnedFd> {
     let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
     // SAFETY: `name` is NUL-terminated and lives through the call.
-    let r =
-        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let r = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     owned(check(i64::from(r))?)
 }
 
 /// pidfd_open(2).
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are passed.
-    owned(check(unsafe {
-        libc::syscall(libc::SYS_pidfd_open, pid, 0)
-    })?)
+    owned(check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?)
 }
 
 /// pidfd_getfd(2): a descriptor of ours for the open file behind `fd` in the other process.
 pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are passed.
-    owned(check(unsafe {
-        libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0)
-    })?)
+    owned(check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?)
 }
 
 /// Takes over a descriptor that an exec handed down by number.
@@ -229,11 +193,7 @@ pub fn send_fds(sock: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> io::Result
     let rights = [ControlMessage::ScmRights(fds)];
     let cmsgs: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
     let n = sendmsg::<()>(sock.as_raw_fd(), &iov, cmsgs, MsgFlags::MSG_NOSIGNAL, None)?;
-    if n == bytes.len() {
-        Ok(())
-    } else {
-        Err(io::Error::other("short message on a unix socket"))
-    }
+    if n == bytes.len() { Ok(()) } else { Err(io::Error::other("short message on a unix socket")) }
 }
 
 /// Receives one message with the descriptors in it; the byte count is 0 when the peer has gone.
@@ -241,12 +201,7 @@ pub fn recv_fds(sock: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<(usize, Vec<
     use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
     let mut iov = [io::IoSliceMut::new(buf)];
     let mut space = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
-    let msg = recvmsg::<()>(
-        sock.as_raw_fd(),
-        &mut iov,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    let msg = recvmsg::<()>(sock.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let n = msg.bytes;
     let mut fds = Vec::new();
     for c in msg.cmsgs()? {

@@ -206,10 +206,7 @@ mod tests {
     #[test]
     fn spans_are_half_open() {
         let b = Booted {
-            native: vec![
-                Span::new(Addr(0x1000), Addr(0x2000)),
-                Span::new(Addr(0x5000), Addr(0x6000)),
-            ],
+            native: vec![Span::new(Addr(0x1000), Addr(0x2000)), Span::new(Addr(0x5000), Addr(0x6000))],
             ..Booted::default()
         };
         assert!(b.is_native(Addr(0x1000)) && b.is_native(Addr(0x5fff)));

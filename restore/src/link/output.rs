@@ -112,27 +112,14 @@ pub struct Refusal {
 }
 
 fn path_suffix(path: &str) -> String {
-    if path.is_empty() {
-        String::new()
-    } else {
-        format!(" (at {path})")
-    }
+    if path.is_empty() { String::new() } else { format!(" (at {path})") }
 }
 
 impl Refusal {
     /// A refusal without a path.
     #[must_use]
-    pub fn new(
-        invariant: &'static str,
-        message: impl Into<String>,
-        next_step: impl Into<String>,
-    ) -> Self {
-        Self {
-            invariant,
-            message: message.into(),
-            path: String::new(),
-            next_step: next_step.into(),
-        }
+    pub fn new(invariant: &'static str, message: impl Into<String>, next_step: impl Into<String>) -> Self {
+        Self { invariant, message: message.into(), path: String::new(), next_step: next_step.into() }
     }
     /// With the path of the object.
     #[must_use]

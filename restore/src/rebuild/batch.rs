@@ -23,17 +23,9 @@ pub(super) struct Batch<'a, I: Inject> {
 
 impl<'a, I: Inject> Batch<'a, I> {
     pub(super) fn new(target: &'a mut I) -> Result<Self, RebuildError> {
-        let (base, room) = target
-            .scratch()
-            .map_err(RebuildError::call("the new process", "scratch memory"))?;
-        Ok(Self {
-            target,
-            base: base.0,
-            room,
-            blob: Vec::new(),
-            calls: Vec::new(),
-            entries: Vec::new(),
-        })
+        let (base, room) =
+            target.scratch().map_err(RebuildError::call("the new process", "scratch memory"))?;
+        Ok(Self { target, base: base.0, room, blob: Vec::new(), calls: Vec::new(), entries: Vec::new() })
     }
 
     /// Puts argument data beside the calls; the address is for calls added next.
@@ -61,16 +53,8 @@ impl<'a, I: Inject> Batch<'a, I> {
         next: &'static str,
     ) -> Result<(), RebuildError> {
         self.calls.push(Call::new(nr, args));
-        self.entries.push(Entry {
-            object: object.into(),
-            call,
-            next,
-        });
-        if self.blob.len() > self.room / 2 || self.calls.len() >= 4096 {
-            self.run()
-        } else {
-            Ok(())
-        }
+        self.entries.push(Entry { object: object.into(), call, next });
+        if self.blob.len() > self.room / 2 || self.calls.len() >= 4096 { self.run() } else { Ok(()) }
     }
 
     /// Executes what has been added; the first failure is the error.
@@ -85,22 +69,13 @@ impl<'a, I: Inject> Batch<'a, I> {
             next: "",
         };
         if self.blob.len() > self.room {
-            return Err(inner(io::Error::other(
-                "arguments larger than the scratch memory",
-            )));
+            return Err(inner(io::Error::other("arguments larger than the scratch memory")));
         }
-        self.target
-            .poke(mcr_image::Addr(self.base), &self.blob)
-            .map_err(inner)?;
+        self.target.poke(mcr_image::Addr(self.base), &self.blob).map_err(inner)?;
         let results = self.target.inject_all(&self.calls).map_err(inner)?;
         for (r, e) in results.into_iter().zip(self.entries.drain(..)) {
             if let Err(source) = super::remote::result(r) {
-                return Err(RebuildError::Inside {
-                    object: e.object,
-                    call: e.call,
-                    source,
-                    next: e.next,
-                });
+                return Err(RebuildError::Inside { object: e.object, call: e.call, source, next: e.next });
             }
         }
         self.blob.clear();

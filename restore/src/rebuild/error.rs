@@ -76,11 +76,7 @@ pub enum RebuildError {
 }
 
 fn hint(next: &str) -> String {
-    if next.is_empty() {
-        String::new()
-    } else {
-        format!("; {next}")
-    }
+    if next.is_empty() { String::new() } else { format!("; {next}") }
 }
 
 impl RebuildError {
@@ -89,23 +85,10 @@ impl RebuildError {
         call: &'static str,
     ) -> impl FnOnce(E) -> Self {
         let object = object.into();
-        move |e| Self::Call {
-            object,
-            call,
-            source: e.into(),
-            next: "",
-        }
+        move |e| Self::Call { object, call, source: e.into(), next: "" }
     }
 
-    pub(crate) fn refused(
-        object: impl Into<String>,
-        why: impl Into<String>,
-        next: &'static str,
-    ) -> Self {
-        Self::Refused {
-            object: object.into(),
-            why: why.into(),
-            next,
-        }
+    pub(crate) fn refused(object: impl Into<String>, why: impl Into<String>, next: &'static str) -> Self {
+        Self::Refused { object: object.into(), why: why.into(), next }
     }
 }

@@ -21,30 +21,18 @@ const OPEN_FLAGS: i32 = libc::O_APPEND
     | libc::O_DIRECTORY
     | libc::O_NOFOLLOW;
 
-pub(super) fn open(
-    fd: &proto::Fd,
-    f: &proto::File,
-    maker: &mut Maker<'_>,
-) -> Result<OwnedFd, RebuildError> {
+pub(super) fn open(fd: &proto::Fd, f: &proto::File, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildError> {
     let opened = if f.memfd || f.deleted {
         let base = shared_file(f, maker.content, &mut maker.shared, &name_of(fd))?;
-        open_with_flags(
-            &format!("/proc/self/fd/{}", base.as_raw_fd()),
-            fd.flags & !(libc::O_NOFOLLOW as u32),
-        )
-        .map_err(RebuildError::call(
-            name_of(fd),
-            "opening the recreated file",
-        ))?
+        open_with_flags(&format!("/proc/self/fd/{}", base.as_raw_fd()), fd.flags & !(libc::O_NOFOLLOW as u32))
+            .map_err(RebuildError::call(name_of(fd), "opening the recreated file"))?
     } else {
         open_path(fd, f, maker)?
     };
     let opened = File::from(opened);
     let kind = f.mode & libc::S_IFMT;
     let path_only = fd.flags as i32 & libc::O_PATH != 0;
-    if !path_only
-        && (kind == libc::S_IFREG || kind == libc::S_IFDIR || kind == libc::S_IFBLK)
-        && fd.pos != 0
+    if !path_only && (kind == libc::S_IFREG || kind == libc::S_IFDIR || kind == libc::S_IFBLK) && fd.pos != 0
     {
         nix::unistd::lseek(&opened, fd.pos, nix::unistd::Whence::SeekSet)
             .map_err(RebuildError::call(name_of(fd), "lseek to the saved offset"))?;
@@ -65,11 +53,7 @@ fn open_with_flags(path: &str, flags: u32) -> std::io::Result<OwnedFd> {
         .map(OwnedFd::from)
 }
 
-fn open_path(
-    fd: &proto::Fd,
-    f: &proto::File,
-    maker: &mut Maker<'_>,
-) -> Result<OwnedFd, RebuildError> {
+fn open_path(fd: &proto::Fd, f: &proto::File, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildError> {
     let opened = open_with_flags(&f.path, fd.flags).map_err(|e| RebuildError::Call {
         object: name_of(fd),
         call: "open",
@@ -77,9 +61,7 @@ fn open_path(
         next: "put the file back at its path, then restore again",
     })?;
     let file = File::from(opened);
-    let md = file
-        .metadata()
-        .map_err(RebuildError::call(name_of(fd), "fstat"))?;
+    let md = file.metadata().map_err(RebuildError::call(name_of(fd), "fstat"))?;
     if md.mode() & libc::S_IFMT != f.mode & libc::S_IFMT {
         return Err(RebuildError::refused(
             name_of(fd),
@@ -89,27 +71,11 @@ fn open_path(
     }
     let kind = f.mode & libc::S_IFMT;
     if kind == libc::S_IFREG && f.ino != 0 && (md.dev(), md.ino()) != (f.dev, f.ino) {
-        let text = format!(
-            "{}: another file is at this path now; it is used",
-            name_of(fd)
-        );
-        maker.warn(
-            "file-replaced",
-            text,
-            "compare the two files if the server keeps state in it",
-        );
+        let text = format!("{}: another file is at this path now; it is used", name_of(fd));
+        maker.warn("file-replaced", text, "compare the two files if the server keeps state in it");
     } else if kind == libc::S_IFREG && md.size() < f.size {
-        let text = format!(
-            "{}: {} bytes at the dump, {} now",
-            name_of(fd),
-            f.size,
-            md.size()
-        );
-        maker.warn(
-            "file-shorter",
-            text,
-            "check what truncated the file after the dump",
-        );
+        let text = format!("{}: {} bytes at the dump, {} now", name_of(fd), f.size, md.size());
+        maker.warn("file-shorter", text, "check what truncated the file after the dump");
     }
     if (kind == libc::S_IFCHR || kind == libc::S_IFBLK) && f.rdev != 0 && md.rdev() != f.rdev {
         return Err(RebuildError::refused(
@@ -132,21 +98,14 @@ pub(super) fn shared_file<'m>(
         std::collections::hash_map::Entry::Occupied(o) => return Ok(o.into_mut()),
         std::collections::hash_map::Entry::Vacant(v) => v,
     };
-    let made = if f.memfd {
-        make_memfd(f, name)?
-    } else {
-        make_deleted(f, name)?
-    };
+    let made = if f.memfd { make_memfd(f, name)? } else { make_deleted(f, name)? };
     let mut file = File::from(made);
-    file.set_len(f.size)
-        .map_err(RebuildError::call(name, "ftruncate of the recreated file"))?;
+    file.set_len(f.size).map_err(RebuildError::call(name, "ftruncate of the recreated file"))?;
     if !f.content_key.is_empty() {
         let bytes = content(&f.content_key)
             .ok_or_else(|| RebuildError::Image(format!("content {} of {name}", f.content_key)))?;
-        file.write_all_at(&bytes, 0)
-            .map_err(RebuildError::call(name, "writing the recreated file"))?;
-        file.flush()
-            .map_err(RebuildError::call(name, "flushing the recreated file"))?;
+        file.write_all_at(&bytes, 0).map_err(RebuildError::call(name, "writing the recreated file"))?;
+        file.flush().map_err(RebuildError::call(name, "flushing the recreated file"))?;
     }
     if f.memfd && f.memfd_seals != 0 {
         sys::fcntl(file.as_fd(), libc::F_ADD_SEALS, i64::from(f.memfd_seals))
@@ -168,18 +127,12 @@ fn make_deleted(f: &proto::File, name: &str) -> Result<OwnedFd, RebuildError> {
             .write(true)
             .mode(f.mode & 0o7777)
             .custom_flags(libc::O_TMPFILE)
-            .open(if dir.as_os_str().is_empty() {
-                Path::new("/")
-            } else {
-                dir
-            })
+            .open(if dir.as_os_str().is_empty() { Path::new("/") } else { dir })
     });
     if let Some(Ok(file)) = there {
         return Ok(file.into());
     }
-    let stem = base
-        .file_name()
-        .map_or_else(|| "deleted".into(), |s| s.to_string_lossy().into_owned());
+    let stem = base.file_name().map_or_else(|| "deleted".into(), |s| s.to_string_lossy().into_owned());
     let stem: String = stem.chars().take(200).collect();
     sys::memfd(&stem).map_err(RebuildError::call(name, "memfd_create for a deleted file"))
 }
@@ -190,11 +143,7 @@ fn locks(fd: &proto::Fd, f: &proto::File, file: &File) -> Result<(), RebuildErro
     for lock in &f.locks {
         let r = match lock.kind.to_ascii_lowercase().as_str() {
             "flock" => {
-                let op = if lock.write {
-                    libc::LOCK_EX
-                } else {
-                    libc::LOCK_SH
-                };
+                let op = if lock.write { libc::LOCK_EX } else { libc::LOCK_SH };
                 sys::flock(file.as_fd(), op | libc::LOCK_NB)
             }
             "ofd" | "ofdlck" => {
@@ -217,10 +166,6 @@ fn locks(fd: &proto::Fd, f: &proto::File, file: &File) -> Result<(), RebuildErro
 pub(super) fn lock_range(lock: &proto::FileLock) -> (i64, i64) {
     let start = i64::try_from(lock.start).unwrap_or(0);
     let to_the_end = lock.whole || lock.end >= i64::MAX as u64;
-    let len = if to_the_end {
-        0
-    } else {
-        i64::try_from(lock.end + 1).unwrap_or(0) - start
-    };
+    let len = if to_the_end { 0 } else { i64::try_from(lock.end + 1).unwrap_or(0) - start };
     (start, len)
 }

@@ -47,11 +47,7 @@ pub(super) fn fill(
         let mut at = v.start;
         while at < v.end {
             let end = (at + PIECE).min(v.end);
-            pieces.push(Piece {
-                start: at,
-                end,
-                zeros,
-            });
+            pieces.push(Piece { start: at, end, zeros });
             at = end;
         }
     }
@@ -59,9 +55,7 @@ pub(super) fn fill(
     let total: u64 = process.vmas.iter().map(|v| v.end - v.start).sum();
     let threads = if total < PIECE { 1 } else { cpus.min(8) };
     let (next, bytes, failed) = (AtomicUsize::new(0), AtomicU64::new(0), Mutex::new(None));
-    let memory = image
-        .memory_of(mcr_image::Pid(process.pid as i32))
-        .unwrap_or_else(|| image.memory());
+    let memory = image.memory_of(mcr_image::Pid(process.pid as i32)).unwrap_or_else(|| image.memory());
     let leader_mem: &File = leader.memory();
     let work = || {
         while let Some(p) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -86,30 +80,27 @@ pub(super) fn fill(
     });
     match failed.into_inner() {
         Ok(Some(e)) => Err(e),
-        _ => Ok(Filled {
-            bytes: bytes.into_inner(),
-        }),
+        _ => Ok(Filled { bytes: bytes.into_inner() }),
     }
 }
 
 fn fill_piece(mem: &File, image: &mcr_image::ImageMemory, p: &Piece) -> Result<u64, RebuildError> {
     let mut written = 0;
     let mut failed: Option<(Addr, std::io::Error)> = None;
-    let r: Result<(), MemoryError> =
-        image.for_each_stored(Addr(p.start), Addr(p.end), &mut |at, stored| {
-            if failed.is_some() {
-                return;
+    let r: Result<(), MemoryError> = image.for_each_stored(Addr(p.start), Addr(p.end), &mut |at, stored| {
+        if failed.is_some() {
+            return;
+        }
+        let r = match stored {
+            Stored::Data(b) => {
+                written += b.len() as u64;
+                mem.write_all_at(b, at.0)
             }
-            let r = match stored {
-                Stored::Data(b) => {
-                    written += b.len() as u64;
-                    mem.write_all_at(b, at.0)
-                }
-                Stored::Zero(len) if p.zeros => zero(mem, at.0, len),
-                Stored::Zero(_) => Ok(()),
-            };
-            failed = r.err().map(|e| (at, e));
-        });
+            Stored::Zero(len) if p.zeros => zero(mem, at.0, len),
+            Stored::Zero(_) => Ok(()),
+        };
+        failed = r.err().map(|e| (at, e));
+    });
     r?;
     match failed {
         None => Ok(written),

@@ -63,11 +63,8 @@ pub(super) fn open_mapped(
     shared: &mut HashMap<(u64, u64), OwnedFd>,
 ) -> Result<MappedFiles, RebuildError> {
     let mut out = MappedFiles::default();
-    let modules: HashMap<&str, &proto::EmbeddedFile> = process
-        .modules
-        .iter()
-        .map(|m| (m.key.as_str(), m))
-        .collect();
+    let modules: HashMap<&str, &proto::EmbeddedFile> =
+        process.modules.iter().map(|m| (m.key.as_str(), m)).collect();
     let mut opened: HashMap<String, Source> = HashMap::new();
     groups(process, &mut out);
     for v in &process.vmas {
@@ -94,31 +91,16 @@ fn object(v: &Vma) -> String {
 /// Shared anonymous memory: one mapping can be cut where the pieces lie as in the object.
 fn groups(process: &proto::Process, out: &mut MappedFiles) {
     let mut by_id: BTreeMap<u64, Vec<&Vma>> = BTreeMap::new();
-    for v in process
-        .vmas
-        .iter()
-        .filter(|v| v.kind() == VmaKind::VmaAnonShared && !v.memfd)
-    {
-        by_id
-            .entry(if v.shared_id == 0 {
-                v.start | 1
-            } else {
-                v.shared_id
-            })
-            .or_default()
-            .push(v);
+    for v in process.vmas.iter().filter(|v| v.kind() == VmaKind::VmaAnonShared && !v.memfd) {
+        by_id.entry(if v.shared_id == 0 { v.start | 1 } else { v.shared_id }).or_default().push(v);
     }
     for list in by_id.into_values() {
         let origin = |v: &Vma| v.start.wrapping_sub(v.file_offset);
         let (first, last) = (list[0], list[list.len() - 1]);
         let start = origin(first);
-        let inside = |v: &proto::Vma| {
-            v.start < last.end && v.end > start && !list.iter().any(|l| l.start == v.start)
-        };
-        if list.iter().any(|v| origin(v) != start)
-            || start > first.start
-            || process.vmas.iter().any(inside)
-        {
+        let inside =
+            |v: &proto::Vma| v.start < last.end && v.end > start && !list.iter().any(|l| l.start == v.start);
+        if list.iter().any(|v| origin(v) != start) || start > first.start || process.vmas.iter().any(inside) {
             continue;
         }
         let mut holes = Vec::new();
@@ -130,11 +112,7 @@ fn groups(process: &proto::Process, out: &mut MappedFiles) {
             at = v.end;
         }
         out.placed.extend(list.iter().map(|v| v.start));
-        out.anon_groups.push(AnonGroup {
-            start,
-            end: last.end,
-            holes,
-        });
+        out.anon_groups.push(AnonGroup { start, end: last.end, holes });
     }
 }
 
@@ -157,9 +135,7 @@ fn private(
         return Ok(s.clone());
     }
     let file = File::open(&v.name).map_err(|e| missing(v, e))?;
-    let md = file
-        .metadata()
-        .map_err(RebuildError::call(object(v), "fstat"))?;
+    let md = file.metadata().map_err(RebuildError::call(object(v), "fstat"))?;
     if v.ino != 0 && md.ino() != v.ino {
         return Err(RebuildError::refused(
             object(v),
@@ -185,10 +161,7 @@ fn keep(
     file: impl Into<OwnedFd>,
     recreated: bool,
 ) -> Source {
-    let source = Source {
-        fd: Rc::new(file.into()),
-        recreated,
-    };
+    let source = Source { fd: Rc::new(file.into()), recreated };
     opened.insert(key, source.clone());
     source
 }
@@ -207,10 +180,7 @@ fn module(
         && let Ok(md) = file.metadata()
         && md.len() == m.size
     {
-        let mtime = md
-            .mtime()
-            .wrapping_mul(1_000_000_000)
-            .wrapping_add(md.mtime_nsec());
+        let mtime = md.mtime().wrapping_mul(1_000_000_000).wrapping_add(md.mtime_nsec());
         let same_inode = (md.dev(), md.ino(), mtime) == (m.dev, m.ino, m.mtime_ns);
         if same_inode || same_content(&file, m, content) {
             return Ok(keep(opened, key, file, false));
@@ -226,10 +196,7 @@ fn module(
     let stem = m.path.rsplit('/').next().unwrap_or("module");
     let fd = sys::memfd(stem).map_err(RebuildError::call(m.path.clone(), "memfd_create"))?;
     let file = File::from(fd);
-    file.write_all_at(&bytes, 0).map_err(RebuildError::call(
-        m.path.clone(),
-        "writing the embedded copy",
-    ))?;
+    file.write_all_at(&bytes, 0).map_err(RebuildError::call(m.path.clone(), "writing the embedded copy"))?;
     Ok(keep(opened, key, file, false))
 }
 
@@ -257,14 +224,8 @@ fn shared_source(
         if let Some(s) = opened.get(&key) {
             return Ok(s.clone());
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(write)
-            .open(&v.name)
-            .map_err(|e| missing(v, e))?;
-        let md = file
-            .metadata()
-            .map_err(RebuildError::call(object(v), "fstat"))?;
+        let file = OpenOptions::new().read(true).write(write).open(&v.name).map_err(|e| missing(v, e))?;
+        let md = file.metadata().map_err(RebuildError::call(object(v), "fstat"))?;
         if md.file_type().is_file() && v.ino != 0 && md.ino() != v.ino {
             return Err(RebuildError::refused(
                 object(v),
@@ -281,20 +242,9 @@ fn shared_source(
     if !anon && !shared.contains_key(&(v.dev, v.ino)) {
         // A descriptor may describe the file better than the mapping does; it has been opened before us then.
         let same = |w: &&Vma| (w.shared_id, w.dev, w.ino) == (v.shared_id, v.dev, v.ino);
-        let size = process
-            .vmas
-            .iter()
-            .filter(same)
-            .map(|w| w.file_offset + (w.end - w.start))
-            .max()
-            .unwrap_or(0);
-        let stem = v
-            .name
-            .rsplit('/')
-            .next()
-            .unwrap_or("")
-            .trim_start_matches("memfd:")
-            .to_owned();
+        let size =
+            process.vmas.iter().filter(same).map(|w| w.file_offset + (w.end - w.start)).max().unwrap_or(0);
+        let stem = v.name.rsplit('/').next().unwrap_or("").trim_start_matches("memfd:").to_owned();
         let f = proto::File {
             path: v.name.clone(),
             deleted: v.deleted,
@@ -303,20 +253,14 @@ fn shared_source(
             size,
             dev: v.dev,
             ino: v.ino,
-            content_key: if content(&v.module_key).is_some() {
-                v.module_key.clone()
-            } else {
-                String::new()
-            },
+            content_key: if content(&v.module_key).is_some() { v.module_key.clone() } else { String::new() },
             memfd_name: stem,
             ..Default::default()
         };
         file::shared_file(&f, content, shared, &object(v))?;
     }
     let fd = match shared.get(&(v.dev, v.ino)).filter(|_| !anon) {
-        Some(fd) => fd
-            .try_clone()
-            .map_err(RebuildError::call(object(v), "dup"))?,
+        Some(fd) => fd.try_clone().map_err(RebuildError::call(object(v), "dup"))?,
         None => {
             let same = |w: &&Vma| w.shared_id == v.shared_id && w.kind() == v.kind();
             let size = process
@@ -326,11 +270,9 @@ fn shared_source(
                 .map(|w| w.file_offset + (w.end - w.start))
                 .max()
                 .unwrap_or(0);
-            let fd = sys::memfd("shared-anonymous")
-                .map_err(RebuildError::call(object(v), "memfd_create"))?;
+            let fd = sys::memfd("shared-anonymous").map_err(RebuildError::call(object(v), "memfd_create"))?;
             let file = File::from(fd);
-            file.set_len(size)
-                .map_err(RebuildError::call(object(v), "ftruncate"))?;
+            file.set_len(size).map_err(RebuildError::call(object(v), "ftruncate"))?;
             file.into()
         }
     };
@@ -350,9 +292,7 @@ fn exe(
     if process.exe_path.is_empty() {
         return Ok(None);
     }
-    let file = File::open(&process.exe_path).map_err(RebuildError::call(
-        format!("program file {}", process.exe_path),
-        "open",
-    ))?;
+    let file = File::open(&process.exe_path)
+        .map_err(RebuildError::call(format!("program file {}", process.exe_path), "open"))?;
     Ok(Some(keep(opened, "exe".to_owned(), file, false)))
 }

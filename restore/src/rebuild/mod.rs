@@ -57,11 +57,7 @@ pub struct RebuildOptions {
 
 impl Default for RebuildOptions {
     fn default() -> Self {
-        Self {
-            threads: Threads::All,
-            drop_connections: false,
-            reap_wait: Duration::from_secs(10),
-        }
+        Self { threads: Threads::All, drop_connections: false, reap_wait: Duration::from_secs(10) }
     }
 }
 
@@ -117,26 +113,17 @@ pub struct Restored {
 /// Restores an untransformed image: the same process again, running when this returns. It is our child until
 /// this program ends.
 pub fn restore_image(image: &Image, options: &RebuildOptions) -> Result<Restored, RebuildError> {
-    let options = RebuildOptions {
-        threads: Threads::All,
-        ..options.clone()
-    };
+    let options = RebuildOptions { threads: Threads::All, ..options.clone() };
     rebuild(image, &options)?.release()
 }
 
 /// Makes the process of the image, stopped.
 pub fn rebuild(image: &Image, options: &RebuildOptions) -> Result<Host, RebuildError> {
     let now = Instant::now();
-    let mut clock = Clock {
-        origin: now,
-        last: now,
-    };
+    let mut clock = Clock { origin: now, last: now };
     let mut phases = Vec::new();
     let p = image.process();
-    let pid = Pid(i32::try_from(p.pid)
-        .ok()
-        .filter(|p| *p > 0)
-        .ok_or_else(|| bad("pid"))?);
+    let pid = Pid(i32::try_from(p.pid).ok().filter(|p| *p > 0).ok_or_else(|| bad("pid"))?);
     if p.threads.first().is_none_or(|t| t.tid != p.pid) {
         return Err(bad("the leader is not the first thread"));
     }
@@ -145,11 +132,7 @@ pub fn rebuild(image: &Image, options: &RebuildOptions) -> Result<Host, RebuildE
     clock.lap("wait for the pid", &mut phases);
 
     // Everything that can fail without a process, first.
-    let FromKeeper {
-        kept,
-        connection: keeper,
-        gone,
-    } = fetch(image)?;
+    let FromKeeper { kept, connection: keeper, gone } = fetch(image)?;
     let content = |key: &str| image.file(key).ok().flatten();
     let mut files = open_all(&p.fds, &content, kept, gone, options.drop_connections)?;
     let mapped = mapped::open_mapped(p, &content, &mut files.shared)?;
@@ -174,10 +157,7 @@ pub fn rebuild(image: &Image, options: &RebuildOptions) -> Result<Host, RebuildE
     vma::clear(leader, p)?;
     host.clock.lap("new process", &mut host.phases);
     let filled = vma::map_all(leader, image, p, &mapped)?;
-    host.clock.lap(
-        &format!("memory ({} MiB)", filled.bytes >> 20),
-        &mut host.phases,
-    );
+    host.clock.lap(&format!("memory ({} MiB)", filled.bytes >> 20), &mut host.phases);
     process::memory_layout(leader, p, &mapped)?;
     process::surroundings(leader, p)?;
     if all {
@@ -197,8 +177,7 @@ pub fn rebuild(image: &Image, options: &RebuildOptions) -> Result<Host, RebuildE
             process::credentials(remote, p, false)?;
         }
         process::credentials(leader, p, true)?;
-        host.clock
-            .lap("threads and process state", &mut host.phases);
+        host.clock.lap("threads and process state", &mut host.phases);
     } else {
         close_range(leader, 3, u32::MAX)?;
         process::handlers(leader, p)?;
@@ -228,26 +207,18 @@ fn fetch(image: &Image) -> Result<FromKeeper, RebuildError> {
         return Ok(FromKeeper::default());
     }
     match Keeper::fetch(name) {
-        Ok(mut f) => Ok(FromKeeper {
-            kept: std::mem::take(&mut f.fds),
-            connection: Some(f),
-            gone: None,
-        }),
+        Ok(mut f) => Ok(FromKeeper { kept: std::mem::take(&mut f.fds), connection: Some(f), gone: None }),
         Err(e @ KeeperError::Gone { .. }) => {
             let deadline = image.meta().keeper_deadline_unix_s;
-            let now = std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .map_or(0, |d| d.as_secs());
+            let now =
+                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
             let text = match now.checked_sub(deadline) {
                 Some(s) if deadline != 0 => {
                     format!("the connections' keeper is gone since {s} s: its deadline passed")
                 }
                 _ => e.to_string(),
             };
-            Ok(FromKeeper {
-                gone: Some(text),
-                ..FromKeeper::default()
-            })
+            Ok(FromKeeper { gone: Some(text), ..FromKeeper::default() })
         }
         Err(e) => Err(e.into()),
     }
@@ -257,18 +228,9 @@ fn close_range(leader: &mut Remote, first: u32, last: u32) -> Result<(), Rebuild
     if first > last {
         return Ok(());
     }
-    leader
-        .call(
-            libc::SYS_close_range,
-            &[u64::from(first), u64::from(last), 0],
-        )
-        .map(drop)
-        .map_err(|source| RebuildError::Inside {
-            object: "descriptors".into(),
-            call: "close_range",
-            source,
-            next: "",
-        })
+    leader.call(libc::SYS_close_range, &[u64::from(first), u64::from(last), 0]).map(drop).map_err(|source| {
+        RebuildError::Inside { object: "descriptors".into(), call: "close_range", source, next: "" }
+    })
 }
 
 /// The process has the engine's descriptors under the engine's numbers: moves those that are wanted, closes the
@@ -276,13 +238,12 @@ fn close_range(leader: &mut Remote, first: u32, last: u32) -> Result<(), Rebuild
 fn install(leader: &mut Remote, p: &proto::Process, files: &OpenFiles) -> Result<(), RebuildError> {
     let mut moves: Vec<(RawFd, RawFd, bool)> = Vec::with_capacity(p.fds.len());
     for fd in &p.fds {
-        let file = files
-            .by_ofd
-            .get(&fd.ofd)
-            .ok_or_else(|| bad("a descriptor without its open file"))?;
+        let file = files.by_ofd.get(&fd.ofd).ok_or_else(|| bad("a descriptor without its open file"))?;
         moves.push((file.as_raw_fd(), fd.number as RawFd, fd.cloexec));
     }
-    crate::fds::move_fds(leader, &moves)
+    // Numbers of the engine that no move reads are of no use any more.
+    let spare = moves.iter().map(|m| m.0.max(m.1)).max().unwrap_or(0) + 1;
+    crate::fds::move_fds(leader, &moves, spare)
         .map_err(|e| RebuildError::refused("descriptors", e.to_string(), ""))?;
     let mut first = 0;
     let mut numbers: Vec<u32> = p.fds.iter().map(|f| f.number).collect();
@@ -325,10 +286,7 @@ impl Host {
             let island = leader.island;
             leader
                 .call(libc::SYS_munmap, &[island.start, island.len])
-                .map_err(RebuildError::call(
-                    "the new process",
-                    "munmap of the builder's memory",
-                ))?;
+                .map_err(RebuildError::call("the new process", "munmap of the builder's memory"))?;
         }
         self.leader = None;
         Ok(HandedOver {
@@ -351,31 +309,22 @@ impl Host {
         leader
             .call(libc::SYS_munmap, &[island.start, island.len])
             .map_err(fail("munmap of the builder's memory"))?;
-        for (remote, t) in self
-            .threads
-            .iter()
-            .chain([&*leader])
-            .zip(p.threads[1..].iter().chain([&p.threads[0]]))
+        for (remote, t) in
+            self.threads.iter().chain([&*leader]).zip(p.threads[1..].iter().chain([&p.threads[0]]))
         {
             let mut regs = Regs::from_words(&t.regs).ok_or_else(|| bad("registers"))?;
             // Not in a system call: nothing to restart.
             regs.orig_rax = u64::MAX;
             if !t.xstate.is_empty() {
-                remote
-                    .set_xstate(&t.xstate)
-                    .map_err(fail("PTRACE_SETREGSET"))?;
+                remote.set_xstate(&t.xstate).map_err(fail("PTRACE_SETREGSET"))?;
             }
             remote.set_regs(&regs).map_err(fail("PTRACE_SETREGS"))?;
-            remote
-                .set_sigmask(t.sigmask)
-                .map_err(fail("PTRACE_SETSIGMASK"))?;
+            remote.set_sigmask(t.sigmask).map_err(fail("PTRACE_SETSIGMASK"))?;
         }
         // Nothing can fail any more but by the death of a thread.
         while let Some(t) = self.threads.pop() {
             let tid = t.tid();
-            t.detach()
-                .map_err(fail("PTRACE_DETACH"))
-                .inspect_err(|_| remote::kill_all(tid, &[]))?;
+            t.detach().map_err(fail("PTRACE_DETACH")).inspect_err(|_| remote::kill_all(tid, &[]))?;
         }
         if let Some(l) = self.leader.take() {
             l.detach().map_err(fail("PTRACE_DETACH"))?;

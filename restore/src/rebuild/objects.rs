@@ -13,8 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 pub type Content<'a> = dyn Fn(&str) -> Option<Vec<u8>> + 'a;
 
 /// Status flags that open(2) takes and F_SETFL cannot change.
-const SETFL: i32 =
-    libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
+const SETFL: i32 = libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
 
 /// The image's open file descriptions, open in the engine.
 #[derive(Debug, Default)]
@@ -41,18 +40,12 @@ pub(super) struct Maker<'a> {
 
 impl Maker<'_> {
     pub(super) fn warn(&mut self, code: &str, message: String, next: &str) {
-        self.findings
-            .push(finding(proto::Severity::Warning, code, message, next));
+        self.findings.push(finding(proto::Severity::Warning, code, message, next));
     }
 }
 
 /// A finding without a path or an address.
-pub(super) fn finding(
-    severity: proto::Severity,
-    code: &str,
-    message: String,
-    next: &str,
-) -> proto::Finding {
+pub(super) fn finding(severity: proto::Severity, code: &str, message: String, next: &str) -> proto::Finding {
     proto::Finding {
         severity: severity.into(),
         code: code.to_owned(),
@@ -64,11 +57,7 @@ pub(super) fn finding(
 
 /// How `fd N (link)` is named in messages.
 pub(super) fn name_of(fd: &proto::Fd) -> String {
-    if fd.link.is_empty() {
-        format!("fd {}", fd.number)
-    } else {
-        format!("fd {} ({})", fd.number, fd.link)
-    }
+    if fd.link.is_empty() { format!("fd {}", fd.number) } else { format!("fd {} ({})", fd.number, fd.link) }
 }
 
 /// Opens everything in `fds`. `kept` are the keeper's open files by ofd: they are used as they are.
@@ -107,11 +96,7 @@ pub fn open_all(
     // After everything is open: data that waits in pipes and sockets.
     pipe::refill(&mut maker)?;
     unix::refill(&mut maker, &by_ofd, &from_keeper)?;
-    Ok(OpenFiles {
-        by_ofd,
-        findings: maker.findings,
-        shared: maker.shared,
-    })
+    Ok(OpenFiles { by_ofd, findings: maker.findings, shared: maker.shared })
 }
 
 fn open_one(fd: &proto::Fd, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildError> {
@@ -136,8 +121,8 @@ fn open_one(fd: &proto::Fd, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildErr
 /// Status flags that can be set afterwards.
 fn status_flags(fd: &proto::Fd, opened: &OwnedFd) -> Result<(), RebuildError> {
     let want = i64::from(fd.flags as i32 & SETFL);
-    let has = sys::fcntl(opened.as_fd(), libc::F_GETFL, 0)
-        .map_err(RebuildError::call(name_of(fd), "F_GETFL"))?;
+    let has =
+        sys::fcntl(opened.as_fd(), libc::F_GETFL, 0).map_err(RebuildError::call(name_of(fd), "F_GETFL"))?;
     if has & i64::from(libc::O_PATH) != 0 || has & i64::from(SETFL) == want {
         return Ok(());
     }

@@ -19,11 +19,7 @@ pub(super) struct Ends {
     name: String,
 }
 
-pub(super) fn open(
-    fd: &proto::Fd,
-    p: &proto::Pipe,
-    maker: &mut Maker<'_>,
-) -> Result<OwnedFd, RebuildError> {
+pub(super) fn open(fd: &proto::Fd, p: &proto::Pipe, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildError> {
     if !p.fifo_path.is_empty() {
         return open_fifo(fd, p, maker);
     }
@@ -48,8 +44,7 @@ pub(super) fn open(
         return reopen(end, fd, p.write_end);
     }
     *given = true;
-    end.try_clone()
-        .map_err(RebuildError::call(name_of(fd), "dup of a pipe's end"))
+    end.try_clone().map_err(RebuildError::call(name_of(fd), "dup of a pipe's end"))
 }
 
 fn make(fd: &proto::Fd, p: &proto::Pipe) -> Result<Ends, RebuildError> {
@@ -58,19 +53,12 @@ fn make(fd: &proto::Fd, p: &proto::Pipe) -> Result<Ends, RebuildError> {
     if p.packet {
         flags |= OFlag::O_DIRECT;
     }
-    let (read, write) =
-        nix::unistd::pipe2(flags).map_err(RebuildError::call(name_of(fd), "pipe2"))?;
+    let (read, write) = nix::unistd::pipe2(flags).map_err(RebuildError::call(name_of(fd), "pipe2"))?;
     if p.capacity != 0 && p.capacity != 65536 {
         sys::fcntl(read.as_fd(), libc::F_SETPIPE_SZ, i64::from(p.capacity))
             .map_err(RebuildError::call(name_of(fd), "fcntl F_SETPIPE_SZ"))?;
     }
-    Ok(Ends {
-        read,
-        write,
-        given: [false; 2],
-        contents: Vec::new(),
-        name: name_of(fd),
-    })
+    Ok(Ends { read, write, given: [false; 2], contents: Vec::new(), name: name_of(fd) })
 }
 
 fn reopen(end: &OwnedFd, fd: &proto::Fd, write: bool) -> Result<OwnedFd, RebuildError> {
@@ -81,10 +69,7 @@ fn reopen(end: &OwnedFd, fd: &proto::Fd, write: bool) -> Result<OwnedFd, Rebuild
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map(OwnedFd::from)
-        .map_err(RebuildError::call(
-            name_of(fd),
-            "opening a pipe's end again",
-        ))
+        .map_err(RebuildError::call(name_of(fd), "opening a pipe's end again"))
         .and_then(|f| {
             let flags = i64::from(fd.flags as i32 & (libc::O_NONBLOCK | libc::O_ASYNC));
             sys::fcntl(f.as_fd(), libc::F_SETFL, flags)
@@ -93,11 +78,7 @@ fn reopen(end: &OwnedFd, fd: &proto::Fd, write: bool) -> Result<OwnedFd, Rebuild
         })
 }
 
-fn open_fifo(
-    fd: &proto::Fd,
-    p: &proto::Pipe,
-    maker: &mut Maker<'_>,
-) -> Result<OwnedFd, RebuildError> {
+fn open_fifo(fd: &proto::Fd, p: &proto::Pipe, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildError> {
     let name = name_of(fd);
     let both = |e: io::Error| RebuildError::Call {
         object: name.clone(),
@@ -107,11 +88,7 @@ fn open_fifo(
     };
     if let Entry::Vacant(slot) = maker.pipes.entry(p.ino) {
         // Opened for both, so that neither end's open blocks and contents can be put in.
-        let hold = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&p.fifo_path)
-            .map_err(both)?;
+        let hold = OpenOptions::new().read(true).write(true).open(&p.fifo_path).map_err(both)?;
         let write = hold.try_clone().map_err(both)?;
         slot.insert(Ends {
             read: hold.into(),
@@ -143,14 +120,9 @@ pub(super) fn refill(maker: &mut Maker<'_>) -> Result<(), RebuildError> {
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
-            .map_err(RebuildError::call(
-                ends.name.clone(),
-                "opening the pipe to refill it",
-            ))?;
-        io::Write::write_all(&mut into, &contents).map_err(RebuildError::call(
-            ends.name.clone(),
-            "writing the pipe's contents back",
-        ))?;
+            .map_err(RebuildError::call(ends.name.clone(), "opening the pipe to refill it"))?;
+        io::Write::write_all(&mut into, &contents)
+            .map_err(RebuildError::call(ends.name.clone(), "writing the pipe's contents back"))?;
     }
     Ok(())
 }

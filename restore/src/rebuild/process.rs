@@ -14,54 +14,30 @@ const SECUREBITS_WHILE_SWITCHING: u64 = 0x4 | 0x10;
 const PROCESS: &str = "process";
 
 /// Session and process group. What cannot be joined becomes new, and is reported.
-pub(super) fn session(
-    leader: &mut Remote,
-    p: &proto::Process,
-) -> Result<Vec<proto::Finding>, RebuildError> {
+pub(super) fn session(leader: &mut Remote, p: &proto::Process) -> Result<Vec<proto::Finding>, RebuildError> {
     let mut findings = Vec::new();
     let pid = p.pid;
     let mine = nix::unistd::getsid(None).map_or(0, nix::unistd::Pid::as_raw) as u32;
-    let inside = |call| {
-        move |source| RebuildError::Inside {
-            object: "session".into(),
-            call,
-            source,
-            next: "",
-        }
-    };
+    let inside =
+        |call| move |source| RebuildError::Inside { object: "session".into(), call, source, next: "" };
     if p.sid == pid || p.sid != mine {
-        leader
-            .call(libc::SYS_setsid, &[])
-            .map_err(inside("setsid"))?;
+        leader.call(libc::SYS_setsid, &[]).map_err(inside("setsid"))?;
         if p.sid != pid {
             findings.push(finding(
                 proto::Severity::Info,
                 "new-session",
-                format!(
-                    "session {} is not ours to join: the process leads a session of its own now",
-                    p.sid
-                ),
+                format!("session {} is not ours to join: the process leads a session of its own now", p.sid),
                 "",
             ));
         }
     } else if p.pgid == pid {
-        leader
-            .call(libc::SYS_setpgid, &[0, 0])
-            .map_err(inside("setpgid"))?;
-    } else if leader
-        .call(libc::SYS_setpgid, &[0, u64::from(p.pgid)])
-        .is_err()
-    {
-        leader
-            .call(libc::SYS_setpgid, &[0, 0])
-            .map_err(inside("setpgid"))?;
+        leader.call(libc::SYS_setpgid, &[0, 0]).map_err(inside("setpgid"))?;
+    } else if leader.call(libc::SYS_setpgid, &[0, u64::from(p.pgid)]).is_err() {
+        leader.call(libc::SYS_setpgid, &[0, 0]).map_err(inside("setpgid"))?;
         findings.push(finding(
             proto::Severity::Info,
             "new-process-group",
-            format!(
-                "process group {} is gone: the process leads one of its own now",
-                p.pgid
-            ),
+            format!("process group {} is gone: the process leads one of its own now", p.pgid),
             "",
         ));
     }
@@ -108,13 +84,7 @@ pub(super) fn memory_layout(
         "it needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN, and a program file that may be executed",
     )?;
     if mm.thp_disabled {
-        batch.add(
-            "memory layout",
-            "prctl PR_SET_THP_DISABLE",
-            libc::SYS_prctl,
-            &[41, 1, 0, 0, 0],
-            "",
-        )?;
+        batch.add("memory layout", "prctl PR_SET_THP_DISABLE", libc::SYS_prctl, &[41, 1, 0, 0, 0], "")?;
     }
     batch.run()
 }
@@ -132,23 +102,11 @@ pub(super) fn surroundings(leader: &mut Remote, p: &proto::Process) -> Result<()
     )?;
     if !p.root.is_empty() && p.root != "/" {
         let root = batch.string(&p.root);
-        batch.add(
-            format!("root directory {}", p.root),
-            "chroot",
-            libc::SYS_chroot,
-            &[root],
-            "",
-        )?;
+        batch.add(format!("root directory {}", p.root), "chroot", libc::SYS_chroot, &[root], "")?;
     }
     batch.add(PROCESS, "umask", libc::SYS_umask, &[u64::from(p.umask)], "")?;
     if p.child_subreaper {
-        batch.add(
-            PROCESS,
-            "prctl PR_SET_CHILD_SUBREAPER",
-            libc::SYS_prctl,
-            &[36, 1, 0, 0, 0],
-            "",
-        )?;
+        batch.add(PROCESS, "prctl PR_SET_CHILD_SUBREAPER", libc::SYS_prctl, &[36, 1, 0, 0, 0], "")?;
     }
     batch.run()?;
     let path = format!("/proc/{}/oom_score_adj", p.pid);
@@ -164,22 +122,11 @@ pub(super) fn handlers(leader: &mut Remote, p: &proto::Process) -> Result<(), Re
         if signo == libc::SIGKILL as u32 || signo == libc::SIGSTOP as u32 {
             continue;
         }
-        let a = p
-            .sigactions
-            .iter()
-            .find(|a| a.signo == signo)
-            .cloned()
-            .unwrap_or_default();
+        let a = p.sigactions.iter().find(|a| a.signo == signo).cloned().unwrap_or_default();
         let words = [a.handler, a.flags, a.restorer, a.mask];
         let at = batch.data(&words.map(u64::to_le_bytes).concat());
         let args = [u64::from(signo), at, 0, 8];
-        batch.add(
-            format!("handler of signal {signo}"),
-            "rt_sigaction",
-            libc::SYS_rt_sigaction,
-            &args,
-            "",
-        )?;
+        batch.add(format!("handler of signal {signo}"), "rt_sigaction", libc::SYS_rt_sigaction, &args, "")?;
     }
     batch.run()
 }
@@ -201,16 +148,11 @@ pub(super) fn limits(leader: &mut Remote, p: &proto::Process) -> Result<(), Rebu
 }
 
 /// Makes the other threads, each stopped before its first instruction.
-pub(super) fn threads(
-    leader: &mut Remote,
-    p: &proto::Process,
-) -> Result<Vec<Remote>, RebuildError> {
+pub(super) fn threads(leader: &mut Remote, p: &proto::Process) -> Result<Vec<Remote>, RebuildError> {
     let mut made: Vec<Remote> = Vec::new();
     for t in p.threads.iter().skip(1) {
         let object = || format!("thread {} ({})", t.tid, t.comm);
-        let (at, _) = leader
-            .scratch()
-            .map_err(RebuildError::call(object(), "scratch memory"))?;
+        let (at, _) = leader.scratch().map_err(RebuildError::call(object(), "scratch memory"))?;
         let tid_at = at.add(256);
         leader
             .poke(tid_at, &(t.tid as i32).to_le_bytes())
@@ -221,8 +163,7 @@ pub(super) fn threads(
             source,
             next: "the tid must be free, and choosing it needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
         })?;
-        new.set_sigmask(BUILD_MASK)
-            .map_err(RebuildError::call(object(), "PTRACE_SETSIGMASK"))?;
+        new.set_sigmask(BUILD_MASK).map_err(RebuildError::call(object(), "PTRACE_SETSIGMASK"))?;
         made.push(new);
     }
     Ok(made)
@@ -237,16 +178,9 @@ pub(super) fn thread_state(
 ) -> Result<Vec<proto::Finding>, RebuildError> {
     let object = format!("thread {} ({})", t.tid, t.comm);
     let mut batch = Batch::new(remote)?;
-    let add = |b: &mut Batch<'_, Remote>, call, nr, args: &[u64]| {
-        b.add(object.as_str(), call, nr, args, "")
-    };
+    let add = |b: &mut Batch<'_, Remote>, call, nr, args: &[u64]| b.add(object.as_str(), call, nr, args, "");
     let comm = batch.string(&t.comm);
-    add(
-        &mut batch,
-        "prctl PR_SET_NAME",
-        libc::SYS_prctl,
-        &[15, comm, 0, 0, 0],
-    )?;
+    add(&mut batch, "prctl PR_SET_NAME", libc::SYS_prctl, &[15, comm, 0, 0, 0])?;
     if t.robust_list != 0 {
         add(
             &mut batch,
@@ -255,19 +189,9 @@ pub(super) fn thread_state(
             &[t.robust_list, t.robust_list_len.max(24)],
         )?;
     }
-    add(
-        &mut batch,
-        "set_tid_address",
-        libc::SYS_set_tid_address,
-        &[t.clear_child_tid],
-    )?;
+    add(&mut batch, "set_tid_address", libc::SYS_set_tid_address, &[t.clear_child_tid])?;
     if let Some(r) = t.rseq.as_ref().filter(|r| r.addr != 0) {
-        add(
-            &mut batch,
-            "rseq",
-            libc::SYS_rseq,
-            &[r.addr, u64::from(r.size), 0, u64::from(r.signature)],
-        )?;
+        add(&mut batch, "rseq", libc::SYS_rseq, &[r.addr, u64::from(r.size), 0, u64::from(r.signature)])?;
     }
     let a = t.altstack.unwrap_or_default();
     // SS_ONSTACK (1) is a state, not a setting; without a size there is none (SS_DISABLE).
@@ -285,40 +209,21 @@ pub(super) fn thread_state(
         libc::SYS_sched_setscheduler,
         &[0, u64::from(t.sched_policy), prio],
     )?;
-    add(
-        &mut batch,
-        "setpriority",
-        libc::SYS_setpriority,
-        &[0, 0, i64::from(t.nice) as u64],
-    )?;
+    add(&mut batch, "setpriority", libc::SYS_setpriority, &[0, 0, i64::from(t.nice) as u64])?;
     for s in &t.pending {
         let at = batch.data(&s.siginfo);
         let args = [u64::from(p.pid), u64::from(t.tid), signo(s), at];
-        add(
-            &mut batch,
-            "rt_tgsigqueueinfo",
-            libc::SYS_rt_tgsigqueueinfo,
-            &args,
-        )?;
+        add(&mut batch, "rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &args)?;
     }
     for s in p.shared_pending.iter().filter(|_| shared) {
         let at = batch.data(&s.siginfo);
-        add(
-            &mut batch,
-            "rt_sigqueueinfo",
-            libc::SYS_rt_sigqueueinfo,
-            &[u64::from(p.pid), signo(s), at],
-        )?;
+        add(&mut batch, "rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &[u64::from(p.pid), signo(s), at])?;
     }
     batch.run()?;
     let mut findings = Vec::new();
     if !t.cpu_affinity.is_empty() {
         let len = t.cpu_affinity.len() as u64;
-        let r = remote.call_with(
-            libc::SYS_sched_setaffinity,
-            &[Some(0), Some(len), None],
-            &t.cpu_affinity,
-        );
+        let r = remote.call_with(libc::SYS_sched_setaffinity, &[Some(0), Some(len), None], &t.cpu_affinity);
         if r.is_err() {
             let text = format!("{object}: none of the processors it was bound to is usable here");
             findings.push(finding(proto::Severity::Warning, "cpu-affinity", text, ""));
@@ -329,70 +234,31 @@ pub(super) fn thread_state(
 
 /// Signal number of a raw siginfo.
 fn signo(s: &proto::SigInfo) -> u64 {
-    s.siginfo
-        .get(..4)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, |b| u64::from(u32::from_le_bytes(b)))
+    s.siginfo.get(..4).and_then(|b| b.try_into().ok()).map_or(0, |b| u64::from(u32::from_le_bytes(b)))
 }
 
 /// Credentials of one thread (the kernel keeps them per thread), capabilities with them, no_new_privs last.
-pub(super) fn credentials(
-    remote: &mut Remote,
-    p: &proto::Process,
-    leader: bool,
-) -> Result<(), RebuildError> {
+pub(super) fn credentials(remote: &mut Remote, p: &proto::Process, leader: bool) -> Result<(), RebuildError> {
     let mut batch = Batch::new(remote)?;
     const NEXT: &str = "restore with at least the privileges that the server was started with";
-    let add = |b: &mut Batch<'_, Remote>, call, nr, args: &[u64]| {
-        b.add("credentials", call, nr, args, NEXT)
-    };
+    let add = |b: &mut Batch<'_, Remote>, call, nr, args: &[u64]| b.add("credentials", call, nr, args, NEXT);
     if let Some(c) = &p.creds {
         let prctl = libc::SYS_prctl;
         let groups: Vec<u8> = c.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
         let at = batch.data(&groups);
-        add(
-            &mut batch,
-            "setgroups",
-            libc::SYS_setgroups,
-            &[c.groups.len() as u64, at],
-        )?;
+        add(&mut batch, "setgroups", libc::SYS_setgroups, &[c.groups.len() as u64, at])?;
         let ids = [c.rgid, c.egid, c.sgid].map(u64::from);
         add(&mut batch, "setresgid", libc::SYS_setresgid, &ids)?;
-        add(
-            &mut batch,
-            "setfsgid",
-            libc::SYS_setfsgid,
-            &[u64::from(c.fsgid)],
-        )?;
+        add(&mut batch, "setfsgid", libc::SYS_setfsgid, &[u64::from(c.fsgid)])?;
         let have = own_bounding_set();
         for cap in (0..64).filter(|n| have >> n & 1 == 1 && c.cap_bnd >> n & 1 == 0) {
-            add(
-                &mut batch,
-                "prctl PR_CAPBSET_DROP",
-                prctl,
-                &[24, cap, 0, 0, 0],
-            )?;
+            add(&mut batch, "prctl PR_CAPBSET_DROP", prctl, &[24, cap, 0, 0, 0])?;
         }
-        add(
-            &mut batch,
-            "prctl PR_SET_SECUREBITS",
-            prctl,
-            &[28, SECUREBITS_WHILE_SWITCHING, 0, 0, 0],
-        )?;
+        add(&mut batch, "prctl PR_SET_SECUREBITS", prctl, &[28, SECUREBITS_WHILE_SWITCHING, 0, 0, 0])?;
         let ids = [c.ruid, c.euid, c.suid].map(u64::from);
         add(&mut batch, "setresuid", libc::SYS_setresuid, &ids)?;
-        add(
-            &mut batch,
-            "setfsuid",
-            libc::SYS_setfsuid,
-            &[u64::from(c.fsuid)],
-        )?;
-        add(
-            &mut batch,
-            "prctl PR_SET_SECUREBITS",
-            prctl,
-            &[28, u64::from(c.securebits), 0, 0, 0],
-        )?;
+        add(&mut batch, "setfsuid", libc::SYS_setfsuid, &[u64::from(c.fsuid)])?;
+        add(&mut batch, "prctl PR_SET_SECUREBITS", prctl, &[28, u64::from(c.securebits), 0, 0, 0])?;
         // Header: _LINUX_CAPABILITY_VERSION_3, this thread. Data: effective, permitted, inheritable, twice.
         let head = batch.data(&0x2008_0522u64.to_le_bytes());
         let mut data = Vec::with_capacity(24);
@@ -404,37 +270,17 @@ pub(super) fn credentials(
         let data = batch.data(&data);
         add(&mut batch, "capset", libc::SYS_capset, &[head, data])?;
         for cap in (0..64).filter(|n| c.cap_amb >> n & 1 == 1) {
-            add(
-                &mut batch,
-                "prctl PR_CAP_AMBIENT_RAISE",
-                prctl,
-                &[47, 2, cap, 0, 0],
-            )?;
+            add(&mut batch, "prctl PR_CAP_AMBIENT_RAISE", prctl, &[47, 2, cap, 0, 0])?;
         }
     }
     if p.no_new_privs {
-        add(
-            &mut batch,
-            "prctl PR_SET_NO_NEW_PRIVS",
-            libc::SYS_prctl,
-            &[38, 1, 0, 0, 0],
-        )?;
+        add(&mut batch, "prctl PR_SET_NO_NEW_PRIVS", libc::SYS_prctl, &[38, 1, 0, 0, 0])?;
     }
     if leader {
         // 2 (suid_dumpable) can only come from the kernel itself.
-        add(
-            &mut batch,
-            "prctl PR_SET_DUMPABLE",
-            libc::SYS_prctl,
-            &[4, u64::from(p.dumpable == 1), 0, 0, 0],
-        )?;
+        add(&mut batch, "prctl PR_SET_DUMPABLE", libc::SYS_prctl, &[4, u64::from(p.dumpable == 1), 0, 0, 0])?;
         if let Some(mm) = p.mm.as_ref().filter(|m| m.personality != 0) {
-            add(
-                &mut batch,
-                "personality",
-                libc::SYS_personality,
-                &[mm.personality],
-            )?;
+            add(&mut batch, "personality", libc::SYS_personality, &[mm.personality])?;
         }
     }
     batch.run()
@@ -443,8 +289,7 @@ pub(super) fn credentials(
 fn own_bounding_set() -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let hex = text.lines().find_map(|l| l.strip_prefix("CapBnd:"));
-    hex.and_then(|h| u64::from_str_radix(h.trim(), 16).ok())
-        .unwrap_or(0)
+    hex.and_then(|h| u64::from_str_radix(h.trim(), 16).ok()).unwrap_or(0)
 }
 
 /// POSIX record locks belong to the process: it takes them itself.
@@ -454,21 +299,12 @@ pub(super) fn posix_locks(leader: &mut Remote, p: &proto::Process) -> Result<(),
         let Some(proto::fd::Object::File(f)) = &fd.object else {
             continue;
         };
-        for lock in f
-            .locks
-            .iter()
-            .filter(|l| l.kind.eq_ignore_ascii_case("posix"))
-        {
+        for lock in f.locks.iter().filter(|l| l.kind.eq_ignore_ascii_case("posix")) {
             let (start, len) = super::file::lock_range(lock);
             // struct flock: type, whence, start, length, pid.
             let mut b = [0u8; 32];
             b[..2].copy_from_slice(
-                &(if lock.write {
-                    libc::F_WRLCK
-                } else {
-                    libc::F_RDLCK
-                } as i16)
-                    .to_le_bytes(),
+                &(if lock.write { libc::F_WRLCK } else { libc::F_RDLCK } as i16).to_le_bytes(),
             );
             b[8..16].copy_from_slice(&start.to_le_bytes());
             b[16..24].copy_from_slice(&len.to_le_bytes());

@@ -89,11 +89,7 @@ pub trait Inject {
 
 /// A kernel result to a result.
 pub fn result(r: i64) -> io::Result<u64> {
-    if (-4095..0).contains(&r) {
-        Err(io::Error::from_raw_os_error(-r as i32))
-    } else {
-        Ok(r as u64)
-    }
+    if (-4095..0).contains(&r) { Err(io::Error::from_raw_os_error(-r as i32)) } else { Ok(r as u64) }
 }
 
 /// Where injected calls execute and put their data: memory outside of everything the image maps.
@@ -130,11 +126,7 @@ pub struct Remote {
 fn ptrace(req: u32, tid: Tid, addr: usize, data: usize) -> io::Result<i64> {
     // SAFETY: the callers below pass numbers, or pointers to live buffers of the size that the request uses.
     let r = unsafe { libc::ptrace(req, tid.0, addr, data) };
-    if r < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(r)
-    }
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
 }
 
 fn waitpid(tid: Tid) -> io::Result<i32> {
@@ -153,42 +145,23 @@ fn waitpid(tid: Tid) -> io::Result<i32> {
 }
 
 /// Options while under construction.
-const OPTIONS: i32 =
-    libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE;
+const OPTIONS: i32 = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACECLONE;
 
 impl Remote {
     /// Takes hold of a child of ours and stops it.
     pub(super) fn seize(tid: Tid, syscall: u64) -> io::Result<Self> {
         ptrace(libc::PTRACE_SEIZE, tid, 0, OPTIONS as usize)?;
         ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0)?;
-        let mem = File::options()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/{tid}/mem"))?;
-        let island = Island {
-            start: 0,
-            len: 0,
-            syscall,
-            agent: false,
-        };
-        let me = Self {
-            tid,
-            mem: Arc::new(mem),
-            island,
-            _here: PhantomData,
-        };
+        let mem = File::options().read(true).write(true).open(format!("/proc/{tid}/mem"))?;
+        let island = Island { start: 0, len: 0, syscall, agent: false };
+        let me = Self { tid, mem: Arc::new(mem), island, _here: PhantomData };
         me.wait_stop()?;
         Ok(me)
     }
 
     /// A thread that PTRACE_O_TRACECLONE has attached.
     fn attached(&self, tid: Tid) -> io::Result<Self> {
-        let new = Self {
-            tid,
-            mem: Arc::clone(&self.mem),
-            island: self.island,
-            _here: PhantomData,
-        };
+        let new = Self { tid, mem: Arc::clone(&self.mem), island: self.island, _here: PhantomData };
         new.wait_stop()?;
         Ok(new)
     }
@@ -216,10 +189,7 @@ impl Remote {
         } else {
             format!("exited with status {}", libc::WEXITSTATUS(status))
         };
-        Err(io::Error::other(format!(
-            "thread {} {how} while it was being built",
-            self.tid
-        )))
+        Err(io::Error::other(format!("thread {} {how} while it was being built", self.tid)))
     }
 
     /// General registers.
@@ -237,39 +207,19 @@ impl Remote {
 
     /// Sets the extended state (NT_X86_XSTATE).
     pub fn set_xstate(&self, state: &[u8]) -> io::Result<()> {
-        let iov = libc::iovec {
-            iov_base: state.as_ptr().cast_mut().cast(),
-            iov_len: state.len(),
-        };
-        ptrace(
-            libc::PTRACE_SETREGSET,
-            self.tid,
-            0x202,
-            (&raw const iov) as usize,
-        )
-        .map(drop)
+        let iov = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
+        ptrace(libc::PTRACE_SETREGSET, self.tid, 0x202, (&raw const iov) as usize).map(drop)
     }
 
     /// Sets the signal mask.
     pub fn set_sigmask(&self, mask: u64) -> io::Result<()> {
-        ptrace(
-            libc::PTRACE_SETSIGMASK,
-            self.tid,
-            8,
-            (&raw const mask) as usize,
-        )
-        .map(drop)
+        ptrace(libc::PTRACE_SETSIGMASK, self.tid, 8, (&raw const mask) as usize).map(drop)
     }
 
     /// The rseq registration: address, size, signature.
     pub(super) fn rseq(&self) -> io::Result<(u64, u32, u32)> {
         let mut b = [0u64; 3];
-        ptrace(
-            libc::PTRACE_GET_RSEQ_CONFIGURATION,
-            self.tid,
-            24,
-            b.as_mut_ptr() as usize,
-        )?;
+        ptrace(libc::PTRACE_GET_RSEQ_CONFIGURATION, self.tid, 24, b.as_mut_ptr() as usize)?;
         Ok((b[0], b[1] as u32, (b[1] >> 32) as u32))
     }
 
@@ -314,12 +264,7 @@ impl Remote {
                 }
                 s if s == libc::SIGTRAP | libc::PTRACE_EVENT_CLONE << 8 => {
                     let mut id = 0u64;
-                    ptrace(
-                        libc::PTRACE_GETEVENTMSG,
-                        self.tid,
-                        0,
-                        (&raw mut id) as usize,
-                    )?;
+                    ptrace(libc::PTRACE_GETEVENTMSG, self.tid, 0, (&raw mut id) as usize)?;
                     child = Some(Tid(id as i32));
                 }
                 s => return Err(unexpected(self.tid, s)),
@@ -329,9 +274,7 @@ impl Remote {
 }
 
 fn unexpected(tid: Tid, stop: i32) -> io::Error {
-    io::Error::other(format!(
-        "thread {tid} stopped for {stop:#x} in an injected call"
-    ))
+    io::Error::other(format!("thread {tid} stopped for {stop:#x} in an injected call"))
 }
 
 impl Inject for Remote {
@@ -356,9 +299,7 @@ impl Inject for Remote {
             let mut bytes = Vec::with_capacity(part.len() * 64);
             for c in part {
                 bytes.extend_from_slice(&c.nr.to_le_bytes());
-                c.args
-                    .iter()
-                    .for_each(|a| bytes.extend_from_slice(&a.to_le_bytes()));
+                c.args.iter().for_each(|a| bytes.extend_from_slice(&a.to_le_bytes()));
                 bytes.extend_from_slice(&(-i64::from(libc::ENOSYS)).to_le_bytes());
             }
             self.poke(table, &bytes)?;

@@ -11,21 +11,13 @@ use std::time::{Duration, Instant};
 
 /// Makes sure that the ids of the image are free. The leader's pid may belong to the dumped process that has
 /// ended and is about to be collected by its parent: that is waited for.
-pub(super) fn ids_free(
-    process: &proto::Process,
-    threads: bool,
-    wait: Duration,
-) -> Result<(), RebuildError> {
+pub(super) fn ids_free(process: &proto::Process, threads: bool, wait: Duration) -> Result<(), RebuildError> {
     let pid = process.pid as i32;
     reaped(pid, wait)?;
     let others = process.threads.iter().skip(1).filter(|_| threads);
     for tid in others.map(|t| t.tid as i32) {
         if std::path::Path::new(&format!("/proc/{tid}")).exists() {
-            return Err(RebuildError::IdInUse {
-                what: "tid",
-                id: tid,
-                by: describe(tid),
-            });
+            return Err(RebuildError::IdInUse { what: "tid", id: tid, by: describe(tid) });
         }
     }
     Ok(())
@@ -35,11 +27,7 @@ fn reaped(pid: i32, wait: Duration) -> Result<(), RebuildError> {
     let Ok(pidfd) = sys::pidfd_open(pid) else {
         // Free, or the number of a thread that is no process.
         return match std::fs::metadata(format!("/proc/{pid}")) {
-            Ok(_) => Err(RebuildError::IdInUse {
-                what: "pid",
-                id: pid,
-                by: describe(pid),
-            }),
+            Ok(_) => Err(RebuildError::IdInUse { what: "pid", id: pid, by: describe(pid) }),
             Err(_) => Ok(()),
         };
     };
@@ -49,11 +37,7 @@ fn reaped(pid: i32, wait: Duration) -> Result<(), RebuildError> {
         None => return Ok(()),
         Some('Z' | 'X') => {}
         Some(_) => {
-            return Err(RebuildError::IdInUse {
-                what: "pid",
-                id: pid,
-                by: describe(pid),
-            });
+            return Err(RebuildError::IdInUse { what: "pid", id: pid, by: describe(pid) });
         }
     }
     // POLLHUP comes when the last trace of it is gone (Linux 6.9); before that kernel look again now and then.
@@ -90,8 +74,7 @@ fn describe(id: i32) -> String {
 
 fn status_field(id: i32, key: &str) -> Option<String> {
     let text = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
-    text.lines()
-        .find_map(|l| Some(l.strip_prefix(key)?.strip_prefix(':')?.trim().to_owned()))
+    text.lines().find_map(|l| Some(l.strip_prefix(key)?.strip_prefix(':')?.trim().to_owned()))
 }
 
 /// struct clone_args (include/uapi/linux/sched.h), to set_tid_size.
@@ -145,14 +128,7 @@ pub(super) fn spawn(pid: Pid) -> Result<Remote, RebuildError> {
         loop {
             // SAFETY: no memory is touched; should the engine die before it traces us, so do we.
             unsafe {
-                libc::syscall(
-                    libc::SYS_prctl,
-                    libc::PR_SET_PDEATHSIG,
-                    libc::SIGKILL,
-                    0,
-                    0,
-                    0,
-                );
+                libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
                 libc::syscall(libc::SYS_pause);
             }
         }
@@ -162,35 +138,23 @@ pub(super) fn spawn(pid: Pid) -> Result<Remote, RebuildError> {
     let _ = before.thread_swap_mask(SigmaskHow::SIG_SETMASK);
     if r < 0 {
         return Err(match error.raw_os_error() {
-            Some(libc::EEXIST) => RebuildError::IdInUse {
-                what: "pid",
-                id: pid.0,
-                by: describe(pid.0),
-            },
+            Some(libc::EEXIST) => RebuildError::IdInUse { what: "pid", id: pid.0, by: describe(pid.0) },
             Some(libc::EPERM) => RebuildError::Call {
                 object: object(),
                 call: "clone3 with set_tid",
                 source: error,
                 next: "choosing the pid needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN: run as root",
             },
-            _ => RebuildError::Call {
-                object: object(),
-                call: "clone3 with set_tid",
-                source: error,
-                next: "",
-            },
+            _ => {
+                RebuildError::Call { object: object(), call: "clone3 with set_tid", source: error, next: "" }
+            }
         });
     }
     let site = own_syscall_instruction().ok_or_else(|| {
-        RebuildError::refused(
-            object(),
-            "no `syscall` instruction found in the engine's libc",
-            "",
-        )
+        RebuildError::refused(object(), "no `syscall` instruction found in the engine's libc", "")
     });
-    let held = site.and_then(|s| {
-        Remote::seize(Tid(pid.0), s).map_err(RebuildError::call(object(), "PTRACE_SEIZE"))
-    });
+    let held =
+        site.and_then(|s| Remote::seize(Tid(pid.0), s).map_err(RebuildError::call(object(), "PTRACE_SEIZE")));
     held.inspect_err(|_| super::remote::kill_all(Tid(pid.0), &[]))
 }
 
@@ -201,7 +165,5 @@ fn own_syscall_instruction() -> Option<u64> {
     // SAFETY: the function is longer than 48 bytes in every libc for this architecture, so these bytes are
     // mapped and readable.
     let code = unsafe { std::slice::from_raw_parts(start as *const u8, 48) };
-    code.windows(2)
-        .position(|w| w == [0x0f, 0x05])
-        .map(|n| (start + n) as u64)
+    code.windows(2).position(|w| w == [0x0f, 0x05]).map(|n| (start + n) as u64)
 }

@@ -21,8 +21,7 @@ pub(super) fn open(
             let made = make(fd, t)?;
             bind_to(fd, &made, &t.local)?;
             let backlog = i32::try_from(t.backlog.max(1)).unwrap_or(i32::MAX);
-            sys::listen(made.as_fd(), backlog)
-                .map_err(RebuildError::call(name_of(fd), "listen"))?;
+            sys::listen(made.as_fd(), backlog).map_err(RebuildError::call(name_of(fd), "listen"))?;
             Ok(made)
         }
         CLOSE => {
@@ -33,18 +32,12 @@ pub(super) fn open(
             Ok(made)
         }
         _ if maker.drop_connections => {
-            let text = format!(
-                "{}: the connection is dropped (--drop-connections)",
-                name_of(fd)
-            );
+            let text = format!("{}: the connection is dropped (--drop-connections)", name_of(fd));
             maker.warn("connection-dropped", text, "");
             make(fd, t)
         }
         _ => {
-            let why = maker
-                .keeper_gone
-                .clone()
-                .unwrap_or_else(|| "the keeper does not hold it".to_owned());
+            let why = maker.keeper_gone.clone().unwrap_or_else(|| "the keeper does not hold it".to_owned());
             Err(RebuildError::refused(
                 name_of(fd),
                 format!("this connection can only come back from its keeper: {why}"),
@@ -59,11 +52,7 @@ pub(super) fn open_udp(
     u: &proto::UdpSocket,
     _: &mut Maker<'_>,
 ) -> Result<OwnedFd, RebuildError> {
-    let kind = if u.r#type == 0 {
-        libc::SOCK_DGRAM
-    } else {
-        u.r#type as i32
-    };
+    let kind = if u.r#type == 0 { libc::SOCK_DGRAM } else { u.r#type as i32 };
     let made = sys::socket(u.family as i32, kind, u.protocol as i32)
         .map_err(RebuildError::call(name_of(fd), "socket"))?;
     set_options(&made, &u.options);
@@ -71,8 +60,7 @@ pub(super) fn open_udp(
         bind_to(fd, &made, &u.local)?;
     }
     if port_of(&u.peer) != 0 {
-        sys::connect_raw(made.as_fd(), &u.peer)
-            .map_err(RebuildError::call(name_of(fd), "connect"))?;
+        sys::connect_raw(made.as_fd(), &u.peer).map_err(RebuildError::call(name_of(fd), "connect"))?;
     }
     Ok(made)
 }

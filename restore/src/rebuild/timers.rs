@@ -56,45 +56,21 @@ pub(super) fn create(leader: &mut Remote, process: &proto::Process) -> Result<()
 pub(super) fn arm(leader: &mut Remote, process: &proto::Process) -> Result<(), RebuildError> {
     let mut batch = Batch::new(leader)?;
     for t in process.posix_timers.iter().filter(|t| t.value_ns != 0) {
-        let spec = [
-            split(t.interval_ns, 1_000_000_000),
-            split(t.value_ns, 1_000_000_000),
-        ]
-        .concat();
+        let spec = [split(t.interval_ns, 1_000_000_000), split(t.value_ns, 1_000_000_000)].concat();
         let at = batch.data(&spec);
         let object = format!("POSIX timer {}", t.id);
-        batch.add(
-            object,
-            "timer_settime",
-            libc::SYS_timer_settime,
-            &[u64::from(t.id), 0, at, 0],
-            "",
-        )?;
+        batch.add(object, "timer_settime", libc::SYS_timer_settime, &[u64::from(t.id), 0, at, 0], "")?;
     }
     for t in process.itimers.iter().filter(|t| t.value_us != 0) {
-        let spec = [
-            split(t.interval_us, 1_000_000),
-            split(t.value_us, 1_000_000),
-        ]
-        .concat();
+        let spec = [split(t.interval_us, 1_000_000), split(t.value_us, 1_000_000)].concat();
         let at = batch.data(&spec);
         let object = format!("interval timer {}", t.which);
-        batch.add(
-            object,
-            "setitimer",
-            libc::SYS_setitimer,
-            &[u64::from(t.which), at, 0],
-            "",
-        )?;
+        batch.add(object, "setitimer", libc::SYS_setitimer, &[u64::from(t.which), at, 0], "")?;
     }
     batch.run()
 }
 
 /// Seconds and the rest, as struct timespec and struct timeval have them.
 fn split(n: u64, per_second: u64) -> Vec<u8> {
-    [
-        (n / per_second).to_le_bytes(),
-        (n % per_second).to_le_bytes(),
-    ]
-    .concat()
+    [(n / per_second).to_le_bytes(), (n % per_second).to_le_bytes()].concat()
 }

@@ -22,10 +22,7 @@ pub(super) fn open(
         return Ok(made);
     }
     if u.external {
-        let why = maker
-            .keeper_gone
-            .clone()
-            .unwrap_or_else(|| "the keeper does not hold it".to_owned());
+        let why = maker.keeper_gone.clone().unwrap_or_else(|| "the keeper does not hold it".to_owned());
         return Err(RebuildError::refused(
             name_of(fd),
             format!("its peer is a process outside the image: {why}"),
@@ -52,10 +49,7 @@ pub(super) fn open(
         buffers(&b, p);
     }
     if !u.address.is_empty() {
-        let text = format!(
-            "{}: a connected pair gets no name again (getsockname differs)",
-            name_of(fd)
-        );
+        let text = format!("{}: a connected pair gets no name again (getsockname differs)", name_of(fd));
         maker.warn("unix-name", text, "");
     }
     // Kept also when the peer's descriptor was closed: the queue is filled through it.
@@ -72,26 +66,13 @@ fn find(all: &[proto::Fd], ino: u64) -> Option<&proto::UnixSocket> {
 
 fn buffers(sock: &OwnedFd, u: &proto::UnixSocket) {
     // SO_SNDBUF doubles what it is given. A size that cannot be had is no reason to fail.
-    for (name, size) in [
-        (libc::SO_SNDBUFFORCE, u.sndbuf),
-        (libc::SO_RCVBUFFORCE, u.rcvbuf),
-    ] {
+    for (name, size) in [(libc::SO_SNDBUFFORCE, u.sndbuf), (libc::SO_RCVBUFFORCE, u.rcvbuf)] {
         if size != 0 {
-            let _ = sys::setsockopt(
-                sock.as_fd(),
-                libc::SOL_SOCKET,
-                name,
-                &(size / 2).to_ne_bytes(),
-            );
+            let _ = sys::setsockopt(sock.as_fd(), libc::SOL_SOCKET, name, &(size / 2).to_ne_bytes());
         }
     }
     if u.passcred {
-        let _ = sys::setsockopt(
-            sock.as_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PASSCRED,
-            &1u32.to_ne_bytes(),
-        );
+        let _ = sys::setsockopt(sock.as_fd(), libc::SOL_SOCKET, libc::SO_PASSCRED, &1u32.to_ne_bytes());
     }
 }
 
@@ -113,8 +94,7 @@ fn bind_again(fd: &proto::Fd, u: &proto::UnixSocket, sock: &OwnedFd) -> Result<(
         let dead = sys::connect_raw(probe.as_fd(), &addr)
             .is_err_and(|e| e.raw_os_error() == Some(libc::ECONNREFUSED));
         if dead && std::fs::remove_file(path).is_ok() {
-            return sys::bind_raw(sock.as_fd(), &addr)
-                .map_err(RebuildError::call(name_of(fd), "bind"));
+            return sys::bind_raw(sock.as_fd(), &addr).map_err(RebuildError::call(name_of(fd), "bind"));
         }
     }
     Err(RebuildError::Call {
@@ -140,10 +120,8 @@ pub(super) fn refill(
             continue;
         }
         let by_ino = |ino: u64| {
-            let ofd = maker
-                .all
-                .iter()
-                .find(|f| matches!(&f.object, Some(Object::Unix(x)) if x.ino == ino))?;
+            let ofd =
+                maker.all.iter().find(|f| matches!(&f.object, Some(Object::Unix(x)) if x.ino == ino))?;
             opened.get(&ofd.ofd)
         };
         let writer = by_ino(u.peer_ino).or_else(|| maker.sockets.get(&u.peer_ino));

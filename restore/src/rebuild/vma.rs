@@ -18,11 +18,7 @@ const ARCH_MAP_VDSO_64: u64 = 0x2003;
 
 /// Name of a mapping in messages.
 fn name_of(v: &Vma) -> String {
-    let name = if v.name.is_empty() {
-        "anonymous"
-    } else {
-        &v.name
-    };
+    let name = if v.name.is_empty() { "anonymous" } else { &v.name };
     format!("mapping {:#x}-{:#x} ({name})", v.start, v.end)
 }
 
@@ -32,58 +28,29 @@ fn has(v: &Vma, flag: &str) -> bool {
 
 /// Whether the kernel and not mmap(2) makes it.
 fn special(v: &Vma) -> bool {
-    matches!(
-        v.kind(),
-        VmaKind::VmaVdso | VmaKind::VmaVvar | VmaKind::VmaVsyscall
-    )
+    matches!(v.kind(), VmaKind::VmaVdso | VmaKind::VmaVvar | VmaKind::VmaVsyscall)
 }
 
 /// Moves the new process onto an island and unmaps all the rest of it.
 pub(super) fn clear(leader: &mut Remote, process: &proto::Process) -> Result<(), RebuildError> {
     let start = free_range(process, &own_maps(leader)?)?;
     // From here on PTRACE_O_EXITKILL ties it to the engine.
-    inside(
-        leader,
-        "prctl PR_SET_PDEATHSIG",
-        libc::SYS_prctl,
-        &[1, 0, 0, 0, 0],
-    )?;
+    inside(leader, "prctl PR_SET_PDEATHSIG", libc::SYS_prctl, &[1, 0, 0, 0, 0])?;
     // The engine's libc has registered a struct rseq in memory that goes away now.
-    let (addr, size, sig) = leader
-        .rseq()
-        .map_err(RebuildError::call("the new process", "reading its rseq"))?;
+    let (addr, size, sig) =
+        leader.rseq().map_err(RebuildError::call("the new process", "reading its rseq"))?;
     if addr != 0 {
-        inside(
-            leader,
-            "rseq",
-            libc::SYS_rseq,
-            &[addr, u64::from(size), 1, u64::from(sig)],
-        )?;
+        inside(leader, "rseq", libc::SYS_rseq, &[addr, u64::from(size), 1, u64::from(sig)])?;
     }
     let prot = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
     let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
-    inside(
-        leader,
-        "mmap",
-        libc::SYS_mmap,
-        &[start, ISLAND, prot, flags, u64::MAX, 0],
-    )?;
+    inside(leader, "mmap", libc::SYS_mmap, &[start, ISLAND, prot, flags, u64::MAX, 0])?;
     leader
         .poke(mcr_image::Addr(start), AGENT)
         .map_err(RebuildError::call("the new process", "writing its agent"))?;
-    leader.island = Island {
-        start,
-        len: ISLAND,
-        syscall: start + AGENT_SYSCALL,
-        agent: false,
-    };
+    leader.island = Island { start, len: ISLAND, syscall: start + AGENT_SYSCALL, agent: false };
     inside(leader, "munmap", libc::SYS_munmap, &[0, start])?;
-    inside(
-        leader,
-        "munmap",
-        libc::SYS_munmap,
-        &[start + ISLAND, TASK_END - start - ISLAND],
-    )?;
+    inside(leader, "munmap", libc::SYS_munmap, &[start + ISLAND, TASK_END - start - ISLAND])?;
     leader
         .set_sigmask(super::remote::BUILD_MASK)
         .map_err(RebuildError::call("the new process", "PTRACE_SETSIGMASK"))?;
@@ -91,34 +58,23 @@ pub(super) fn clear(leader: &mut Remote, process: &proto::Process) -> Result<(),
     Ok(())
 }
 
-fn inside(
-    leader: &mut Remote,
-    call: &'static str,
-    nr: i64,
-    args: &[u64],
-) -> Result<u64, RebuildError> {
-    leader
-        .call(nr, args)
-        .map_err(|source| RebuildError::Inside {
-            object: "the new process's own memory".to_owned(),
-            call,
-            source,
-            next: "",
-        })
+fn inside(leader: &mut Remote, call: &'static str, nr: i64, args: &[u64]) -> Result<u64, RebuildError> {
+    leader.call(nr, args).map_err(|source| RebuildError::Inside {
+        object: "the new process's own memory".to_owned(),
+        call,
+        source,
+        next: "",
+    })
 }
 
 /// Ranges that the copy of the engine has mapped now.
 fn own_maps(leader: &Remote) -> Result<Vec<(u64, u64)>, RebuildError> {
-    let text = std::fs::read(format!("/proc/{}/maps", leader.tid())).map_err(
-        RebuildError::call("the new process", "reading /proc/PID/maps"),
-    )?;
+    let text = std::fs::read(format!("/proc/{}/maps", leader.tid()))
+        .map_err(RebuildError::call("the new process", "reading /proc/PID/maps"))?;
     let range = |line: &[u8]| {
         let word = line.split(|&b| b == b' ').next()?;
         let (a, b) = std::str::from_utf8(word).ok()?.split_once('-')?;
-        Some((
-            u64::from_str_radix(a, 16).ok()?,
-            u64::from_str_radix(b, 16).ok()?,
-        ))
+        Some((u64::from_str_radix(a, 16).ok()?, u64::from_str_radix(b, 16).ok()?))
     };
     Ok(text.split(|&b| b == b'\n').filter_map(range).collect())
 }
@@ -177,13 +133,7 @@ pub(super) fn map_all(
             "",
         )?;
         for (start, end) in &group.holes {
-            batch.add(
-                "a hole in shared memory",
-                "munmap",
-                libc::SYS_munmap,
-                &[*start, end - start],
-                "",
-            )?;
+            batch.add("a hole in shared memory", "munmap", libc::SYS_munmap, &[*start, end - start], "")?;
         }
     }
     for v in process.vmas.iter().filter(|v| !special(v)) {
@@ -194,13 +144,7 @@ pub(super) fn map_all(
         } else {
             continue;
         };
-        batch.add(
-            name_of(v),
-            "madvise",
-            libc::SYS_madvise,
-            &[v.start, v.end - v.start, advice],
-            "",
-        )?;
+        batch.add(name_of(v), "madvise", libc::SYS_madvise, &[v.start, v.end - v.start, advice], "")?;
     }
     batch.run()?;
     let filled = fill::fill(leader, image, process, files)?;
@@ -208,19 +152,11 @@ pub(super) fn map_all(
     Ok(filled)
 }
 
-fn map_one(
-    batch: &mut Batch<'_, Remote>,
-    v: &Vma,
-    files: &MappedFiles,
-) -> Result<(), RebuildError> {
+fn map_one(batch: &mut Batch<'_, Remote>, v: &Vma, files: &MappedFiles) -> Result<(), RebuildError> {
     let mut prot = u64::from(v.prot);
     let mut flags = libc::MAP_FIXED_NOREPLACE;
     let shared = matches!(v.kind(), VmaKind::VmaAnonShared | VmaKind::VmaFileShared);
-    flags |= if shared {
-        libc::MAP_SHARED
-    } else {
-        libc::MAP_PRIVATE
-    };
+    flags |= if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     if has(v, "gd") {
         flags |= libc::MAP_GROWSDOWN;
     }
@@ -257,31 +193,12 @@ fn finish_flags(
     for v in process.vmas.iter().filter(|v| !special(v)) {
         let (start, len) = (v.start, v.end - v.start);
         if files.needs_write(v) || files.placed.contains(&v.start) {
-            batch.add(
-                name_of(v),
-                "mprotect",
-                libc::SYS_mprotect,
-                &[start, len, u64::from(v.prot)],
-                "",
-            )?;
+            batch.add(name_of(v), "mprotect", libc::SYS_mprotect, &[start, len, u64::from(v.prot)], "")?;
         }
         // DONTDUMP, DONTFORK, WIPEONFORK, MERGEABLE, RANDOM, SEQUENTIAL.
-        for (flag, advice) in [
-            ("dd", 16),
-            ("dc", 10),
-            ("wf", 18),
-            ("mg", 12),
-            ("rr", 1),
-            ("sr", 2),
-        ] {
+        for (flag, advice) in [("dd", 16), ("dc", 10), ("wf", 18), ("mg", 12), ("rr", 1), ("sr", 2)] {
             if has(v, flag) {
-                batch.add(
-                    name_of(v),
-                    "madvise",
-                    libc::SYS_madvise,
-                    &[start, len, advice],
-                    "",
-                )?;
+                batch.add(name_of(v), "madvise", libc::SYS_madvise, &[start, len, advice], "")?;
             }
         }
         if has(v, "lo") || has(v, "lf") {
@@ -310,16 +227,10 @@ fn vdso(leader: &mut Remote, image: &Image, process: &proto::Process) -> Result<
         .map(|v| v.start)
         .min()
         .unwrap_or(v.start);
-    inside(
-        leader,
-        "arch_prctl ARCH_MAP_VDSO_64",
-        libc::SYS_arch_prctl,
-        &[ARCH_MAP_VDSO_64, first],
-    )?;
+    inside(leader, "arch_prctl ARCH_MAP_VDSO_64", libc::SYS_arch_prctl, &[ARCH_MAP_VDSO_64, first])?;
     let len = (v.end - v.start) as usize;
     let mut here = vec![0; len];
-    let placed =
-        leader.peek(mcr_image::Addr(v.start), &mut here).is_ok() && here.starts_with(b"\x7fELF");
+    let placed = leader.peek(mcr_image::Addr(v.start), &mut here).is_ok() && here.starts_with(b"\x7fELF");
     let there = image.memory().bytes(mcr_image::Addr(v.start), len);
     let same = there.as_ref().map_or(true, |t| *t == here);
     if placed && same {

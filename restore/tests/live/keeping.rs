@@ -30,16 +30,8 @@ fn pair() -> Result<(TcpStream, TcpStream, TcpListener), Failed> {
 }
 
 fn start(what: &str, files: Vec<OwnedFd>) -> Result<Keeper, Failed> {
-    let kept = files.into_iter().enumerate().map(|(n, fd)| Kept {
-        ofd: n as u32,
-        ino: 1000 + n as u64,
-        fd,
-    });
-    Ok(Keeper::start(
-        &id(what),
-        kept.collect(),
-        &KeeperOptions::default(),
-    )?)
+    let kept = files.into_iter().enumerate().map(|(n, fd)| Kept { ofd: n as u32, ino: 1000 + n as u64, fd });
+    Ok(Keeper::start(&id(what), kept.collect(), &KeeperOptions::default())?)
 }
 
 fn holds() -> Result<(), Failed> {
@@ -74,25 +66,15 @@ fn again() -> Result<(), Failed> {
     fetched.confirm();
     // End-of-file at the client proves that the keeper has ended: it held the only copy.
     assert_eq!(client.read(&mut [0; 1])?, 0);
-    assert!(matches!(
-        Keeper::fetch(keeper.name()),
-        Err(KeeperError::Gone { .. })
-    ));
+    assert!(matches!(Keeper::fetch(keeper.name()), Err(KeeperError::Gone { .. })));
     keeper.abandon();
     Ok(())
 }
 
 fn deadline() -> Result<(), Failed> {
     let (mut client, server, _listener) = pair()?;
-    let kept = vec![Kept {
-        ofd: 0,
-        ino: 1,
-        fd: server.into(),
-    }];
-    let options = KeeperOptions {
-        deadline: Duration::from_secs(1),
-        ..Default::default()
-    };
+    let kept = vec![Kept { ofd: 0, ino: 1, fd: server.into() }];
+    let options = KeeperOptions { deadline: Duration::from_secs(1), ..Default::default() };
     let keeper = Keeper::start(&id("deadline"), kept, &options)?;
     assert_eq!(client.read(&mut [0; 1])?, 0);
     keeper.abandon();
@@ -109,9 +91,7 @@ fn drops() -> Result<(), Failed> {
 }
 
 fn gone() -> Result<(), Failed> {
-    let e = Keeper::fetch("mcr-keeper-never-started")
-        .err()
-        .ok_or("no error")?;
+    let e = Keeper::fetch("mcr-keeper-never-started").err().ok_or("no error")?;
     assert!(e.to_string().contains("--drop-connections"), "{e}");
     Ok(())
 }

@@ -10,10 +10,7 @@ mod synthetic;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
-    if args
-        .get(1)
-        .is_some_and(|a| a == mcr_restore::keeper::SUBCOMMAND)
-    {
+    if args.get(1).is_some_and(|a| a == mcr_restore::keeper::SUBCOMMAND) {
         return ExitCode::from(mcr_restore::keeper::keeper_main(&args[2..]) as u8);
     }
     let mut trials: Vec<Trial> = Vec::new();
@@ -23,10 +20,7 @@ fn main() -> ExitCode {
     // ptrace belongs to a thread, and pids are reused: one after the other.
     arguments.test_threads = Some(1);
     if !nix::unistd::geteuid().is_root() {
-        trials = trials
-            .into_iter()
-            .map(|t| t.with_ignored_flag(true))
-            .collect();
+        trials = trials.into_iter().map(|t| t.with_ignored_flag(true)).collect();
         eprintln!("not root: everything is skipped");
     }
     libtest_mimic::run(&arguments, trials).exit_code()

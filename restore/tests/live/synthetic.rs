@@ -34,9 +34,7 @@ fn vma(start: u64, len: u64, prot: u32, flags: &[&str]) -> proto::Vma {
 /// Ids that the kernel will not give out soon: it counts upwards.
 fn free_below(pid: u32) -> impl Iterator<Item = u32> {
     let top = if pid > 1000 { pid - 100 } else { 32_000 };
-    (300..top)
-        .rev()
-        .filter(|id| !Path::new(&format!("/proc/{id}")).exists())
+    (300..top).rev().filter(|id| !Path::new(&format!("/proc/{id}")).exists())
 }
 
 fn free_pid() -> Result<u32, Failed> {
@@ -87,17 +85,8 @@ fn image(dir: &Path, pid: u32, others: u32) -> Result<Image, Failed> {
             ..Default::default()
         };
         (regs.r12, regs.r13, regs.r14) = (DATA, DATA + 128, u64::from(others));
-        regs.r15 = if n == 0 {
-            0
-        } else {
-            DATA + 256 + u64::from(n) * 8
-        };
-        proto::Thread {
-            tid,
-            comm: format!("synth{n}"),
-            regs: regs.to_words(),
-            ..Default::default()
-        }
+        regs.r15 = if n == 0 { 0 } else { DATA + 256 + u64::from(n) * 8 };
+        proto::Thread { tid, comm: format!("synth{n}"), regs: regs.to_words(), ..Default::default() }
     };
     let process = proto::Process {
         pid,
@@ -142,24 +131,13 @@ fn image(dir: &Path, pid: u32, others: u32) -> Result<Image, Failed> {
             ..Default::default()
         }],
         threads: std::iter::once(thread(pid, 0))
-            .chain(
-                free_below(pid)
-                    .take(others as usize)
-                    .zip(1..)
-                    .map(|(tid, n)| thread(tid, n)),
-            )
+            .chain(free_below(pid).take(others as usize).zip(1..).map(|(tid, n)| thread(tid, n)))
             .collect(),
         ..Default::default()
     };
     let path = dir.join("image.mcr");
     let mut w = ImageWriter::create(&path)?;
-    w.put(
-        RecordKind::Meta,
-        &proto::Meta {
-            root_pid: pid,
-            ..Default::default()
-        },
-    )?;
+    w.put(RecordKind::Meta, &proto::Meta { root_pid: pid, ..Default::default() })?;
     w.put(RecordKind::Process, &process)?;
     let mut page = vec![0u8; PAGE];
     page[..code().len()].copy_from_slice(&code());
@@ -214,14 +192,9 @@ fn dropped() -> Result<(), Failed> {
     let host = rebuild(&image(dir.path(), pid, 4)?, &RebuildOptions::default())?;
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
     assert!(maps.contains("[stack]"), "{maps}");
-    assert_eq!(
-        std::fs::read_link(format!("/proc/{pid}/exe"))?,
-        std::fs::canonicalize("/bin/true")?
-    );
-    let fds: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
-        .flatten()
-        .map(|e| e.file_name())
-        .collect();
+    assert_eq!(std::fs::read_link(format!("/proc/{pid}/exe"))?, std::fs::canonicalize("/bin/true")?);
+    let fds: Vec<_> =
+        std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().map(|e| e.file_name()).collect();
     assert_eq!(fds, ["5"]);
     drop(host);
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
@@ -231,13 +204,8 @@ fn dropped() -> Result<(), Failed> {
 
 fn in_use() -> Result<(), Failed> {
     let dir = tempfile::tempdir()?;
-    let mut child = std::process::Command::new("/bin/sleep")
-        .arg("1000")
-        .spawn()?;
-    let e = restore_image(
-        &image(dir.path(), child.id(), 0)?,
-        &RebuildOptions::default(),
-    );
+    let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn()?;
+    let e = restore_image(&image(dir.path(), child.id(), 0)?, &RebuildOptions::default());
     child.kill()?;
     child.wait()?;
     let e = e.err().ok_or("no refusal")?;
@@ -249,17 +217,12 @@ fn in_use() -> Result<(), Failed> {
 fn leader_only() -> Result<(), Failed> {
     let dir = tempfile::tempdir()?;
     let pid = free_pid()?;
-    let options = RebuildOptions {
-        threads: Threads::LeaderOnly,
-        ..Default::default()
-    };
+    let options = RebuildOptions { threads: Threads::LeaderOnly, ..Default::default() };
     let host = rebuild(&image(dir.path(), pid, 3)?, &options)?;
     assert_eq!(std::fs::read_dir(format!("/proc/{pid}/task"))?.count(), 1);
     assert_eq!(host.files.by_ofd.len(), 1);
-    let fds: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
-        .flatten()
-        .map(|e| e.file_name())
-        .collect();
+    let fds: Vec<_> =
+        std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten().map(|e| e.file_name()).collect();
     assert!(fds.len() <= 3, "{fds:?}");
     drop(host);
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
@@ -272,20 +235,14 @@ fn by_socket() -> Result<(), Failed> {
     use std::os::fd::AsFd;
     let dir = tempfile::tempdir()?;
     let pid = free_pid()?;
-    let options = RebuildOptions {
-        threads: Threads::LeaderOnly,
-        ..Default::default()
-    };
+    let options = RebuildOptions { threads: Threads::LeaderOnly, ..Default::default() };
     let mut host = rebuild(&image(dir.path(), pid, 0)?, &options)?;
     let files: Vec<_> = (0..600)
         .map(|n| std::fs::File::create(dir.path().join(format!("file{n}"))))
         .collect::<Result<_, _>>()?;
     // Descending numbers, so that received and wanted ones cross.
-    let mut wanted: Vec<(i32, usize, bool)> = files
-        .iter()
-        .enumerate()
-        .map(|(n, _)| (700 - n as i32, n, n % 3 == 0))
-        .collect();
+    let mut wanted: Vec<(i32, usize, bool)> =
+        files.iter().enumerate().map(|(n, _)| (700 - n as i32, n, n % 3 == 0)).collect();
     wanted.extend((0..50).map(|n| (1000 + n as i32, n, false)));
     wanted.push((3, 599, true));
     let list: Vec<Install<'_>> = wanted
@@ -307,10 +264,7 @@ fn by_socket() -> Result<(), Failed> {
         let link = std::fs::read_link(format!("/proc/{pid}/fd/{number}"))?;
         assert_eq!(link, dir.path().join(format!("file{n}")), "fd {number}");
         let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
-        let flags = info
-            .lines()
-            .find_map(|l| l.strip_prefix("flags:"))
-            .ok_or("flags")?;
+        let flags = info.lines().find_map(|l| l.strip_prefix("flags:")).ok_or("flags")?;
         let flags = i64::from_str_radix(flags.trim(), 8)?;
         assert_eq!(flags & 0o2_000_000 != 0, cloexec, "fd {number}");
     }
