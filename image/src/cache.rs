@@ -36,11 +36,7 @@ impl FrameCache {
 
     pub fn get(&self, frame: usize) -> Option<Content> {
         let slot = self.slots.get(frame)?;
-        let content = slot
-            .content
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let content = slot.content.read().unwrap_or_else(PoisonError::into_inner).clone();
         if content.is_some() {
             slot.used.store(true, Ordering::Relaxed);
         }
@@ -69,11 +65,7 @@ impl FrameCache {
             if n == frame || self.slots[n].used.swap(false, Ordering::Relaxed) {
                 continue;
             }
-            let gone = self.slots[n]
-                .content
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take();
+            let gone = self.slots[n].content.write().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(c) = gone {
                 self.bytes.fetch_sub(c.len(), Ordering::Relaxed);
             }

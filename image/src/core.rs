@@ -40,27 +40,17 @@ pub fn export_core(image: &Image, out: &mut dyn Write) -> Result<(), ImageError>
         });
     };
     if phnum == u16::MAX {
-        return Err(ImageError::Input {
-            what: "a core of 65534 mappings".into(),
-        });
+        return Err(ImageError::Input { what: "a core of 65534 mappings".into() });
     }
     let notes_at = 64 + 56 * u64::from(phnum);
     let mut at = (notes_at + notes.len() as u64).next_multiple_of(PAGE);
     let mut head = elf_header(phnum);
-    program_header(
-        &mut head,
-        [PT_NOTE, 0],
-        [notes_at, 0, notes.len() as u64, 0, 4],
-    );
+    program_header(&mut head, [PT_NOTE, 0], [notes_at, 0, notes.len() as u64, 0, 4]);
     for l in &loads {
         let p = l.region.prot;
         let flags = (p & 1) << 2 | (p & 2) | (p & 4) >> 2;
         let size = l.region.end.since(l.region.start);
-        program_header(
-            &mut head,
-            [PT_LOAD, flags],
-            [at, l.region.start.0, l.stored, size, PAGE],
-        );
+        program_header(&mut head, [PT_LOAD, flags], [at, l.region.start.0, l.stored, size, PAGE]);
         at += l.stored;
     }
     head.extend_from_slice(&notes);
@@ -102,9 +92,7 @@ pub fn export_core_file(image: &Image, path: &Path) -> Result<(), ImageError> {
         .map_err(|e| ImageError::io("create", path, e))?;
     let mut out = Sparse { file, len: 0 };
     export_core(image, &mut out)?;
-    out.file
-        .set_len(out.len)
-        .map_err(|e| ImageError::io("ftruncate", path, e))
+    out.file.set_len(out.len).map_err(|e| ImageError::io("ftruncate", path, e))
 }
 
 /// Leaves holes where a whole write is zero pages.
@@ -135,27 +123,20 @@ fn loads(image: &Image, process: &Process, memory: &ImageMemory) -> Result<Vec<L
     for region in memory.regions() {
         let size = region.end.since(region.start);
         let mut held = false;
-        memory
-            .for_each_stored(region.start, region.end, &mut |_, _| held = true)
-            .map_err(unreadable)?;
+        memory.for_each_stored(region.start, region.end, &mut |_, _| held = true).map_err(unreadable)?;
         let vma = process.vmas.iter().find(|v| v.start == region.start.0);
         let from_file = vma.is_some_and(|v| {
             matches!(v.kind(), VmaKind::VmaFilePrivate | VmaKind::VmaFileShared)
                 && !v.memfd
                 && !image.files().any(|f| f.key == v.module_key)
         });
-        out.push(Load {
-            stored: if from_file && !held { 0 } else { size },
-            region,
-        });
+        out.push(Load { stored: if from_file && !held { 0 } else { size }, region });
     }
     Ok(out)
 }
 
 fn unreadable(e: MemoryError) -> ImageError {
-    ImageError::Input {
-        what: format!("the core file: {e}"),
-    }
+    ImageError::Input { what: format!("the core file: {e}") }
 }
 
 fn elf_header(phnum: u16) -> Vec<u8> {
@@ -177,11 +158,7 @@ fn elf_header(phnum: u16) -> Vec<u8> {
 fn program_header(out: &mut Vec<u8>, head: [u32; 2], body: [u64; 5]) {
     let [offset, addr, filesz, memsz, align] = body;
     out.extend(head.into_iter().flat_map(u32::to_le_bytes));
-    out.extend(
-        [offset, addr, 0, filesz, memsz, align]
-            .into_iter()
-            .flat_map(u64::to_le_bytes),
-    );
+    out.extend([offset, addr, 0, filesz, memsz, align].into_iter().flat_map(u64::to_le_bytes));
 }
 
 fn note(out: &mut Vec<u8>, owner: &str, kind: u32, desc: &[u8]) {
@@ -219,11 +196,7 @@ fn notes(p: &Process) -> Result<Vec<u8>, ImageError> {
 fn prstatus(p: &Process, t: &Thread) -> Result<Vec<u8>, ImageError> {
     if t.regs.len() != 27 {
         return Err(ImageError::Input {
-            what: format!(
-                "a core: thread {} has {} registers instead of 27",
-                t.tid,
-                t.regs.len()
-            ),
+            what: format!("a core: thread {} has {} registers instead of 27", t.tid, t.regs.len()),
         });
     }
     let mut b = Vec::with_capacity(336);
@@ -232,11 +205,7 @@ fn prstatus(p: &Process, t: &Thread) -> Result<Vec<u8>, ImageError> {
     b.resize(16, 0);
     b.extend(0u64.to_le_bytes()); // pr_sigpend
     b.extend(t.sigmask.to_le_bytes());
-    b.extend(
-        [t.tid, p.ppid, p.pgid, p.sid]
-            .into_iter()
-            .flat_map(u32::to_le_bytes),
-    );
+    b.extend([t.tid, p.ppid, p.pgid, p.sid].into_iter().flat_map(u32::to_le_bytes));
     b.resize(112, 0); // four times
     b.extend(t.regs.iter().flat_map(|r| r.to_le_bytes()));
     b.extend(u32::from(t.xstate.len() >= 512).to_le_bytes());
@@ -248,19 +217,10 @@ fn prpsinfo(p: &Process) -> Vec<u8> {
     let (uid, gid) = p.creds.as_ref().map_or((0, 0), |c| (c.ruid, c.rgid));
     let mut b = vec![0, b'S', 0, 0];
     b.resize(16, 0);
-    b.extend(
-        [uid, gid, p.pid, p.ppid, p.pgid, p.sid]
-            .into_iter()
-            .flat_map(u32::to_le_bytes),
-    );
+    b.extend([uid, gid, p.pid, p.ppid, p.pgid, p.sid].into_iter().flat_map(u32::to_le_bytes));
     b.extend(p.comm.bytes().take(15));
     b.resize(56, 0);
-    b.extend(
-        p.cmdline
-            .iter()
-            .take(79)
-            .map(|c| if *c == 0 { b' ' } else { *c }),
-    );
+    b.extend(p.cmdline.iter().take(79).map(|c| if *c == 0 { b' ' } else { *c }));
     b.resize(136, 0);
     b
 }
@@ -269,19 +229,14 @@ fn prpsinfo(p: &Process) -> Vec<u8> {
 fn files(p: &Process) -> Vec<u8> {
     let mapped = || {
         p.vmas.iter().filter(|v| {
-            matches!(v.kind(), VmaKind::VmaFilePrivate | VmaKind::VmaFileShared)
-                && v.name.starts_with('/')
+            matches!(v.kind(), VmaKind::VmaFilePrivate | VmaKind::VmaFileShared) && v.name.starts_with('/')
         })
     };
     let mut b = Vec::new();
     b.extend((mapped().count() as u64).to_le_bytes());
     b.extend(PAGE.to_le_bytes());
     for v in mapped() {
-        b.extend(
-            [v.start, v.end, v.file_offset / PAGE]
-                .into_iter()
-                .flat_map(u64::to_le_bytes),
-        );
+        b.extend([v.start, v.end, v.file_offset / PAGE].into_iter().flat_map(u64::to_le_bytes));
     }
     for v in mapped() {
         b.extend_from_slice(v.name.as_bytes());

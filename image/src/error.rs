@@ -88,11 +88,6 @@ impl ImageError {
             Some(13) => "; images are readable by their owner alone (mode 0600)",
             _ => "",
         };
-        Self::Io {
-            call,
-            path: path.into(),
-            source,
-            hint,
-        }
+        Self::Io { call, path: path.into(), source, hint }
     }
 }

@@ -132,11 +132,7 @@ pub(crate) fn check_header(file: &[u8]) -> Result<(), ImageError> {
         return Err(corrupt("the header", 0, "its checksum is wrong"));
     }
     if major != MAJOR {
-        return Err(ImageError::OtherVersion {
-            major,
-            minor,
-            ours: MAJOR,
-        });
+        return Err(ImageError::OtherVersion { major, minor, ours: MAJOR });
     }
     if machine != EM_X86_64 {
         return Err(ImageError::OtherArch { machine });
@@ -144,16 +140,8 @@ pub(crate) fn check_header(file: &[u8]) -> Result<(), ImageError> {
     Ok(())
 }
 
-pub(crate) fn corrupt(
-    record: impl Into<String>,
-    offset: u64,
-    what: impl Into<String>,
-) -> ImageError {
-    ImageError::Corrupt {
-        record: record.into(),
-        offset,
-        what: what.into(),
-    }
+pub(crate) fn corrupt(record: impl Into<String>, offset: u64, what: impl Into<String>) -> ImageError {
+    ImageError::Corrupt { record: record.into(), offset, what: what.into() }
 }
 
 /// The fixed part of a record.
@@ -182,15 +170,9 @@ impl RecordHead {
     /// Reads and checks the record head at an offset; `end` bounds the whole record.
     pub fn at(file: &[u8], offset: u64, end: u64) -> Result<Self, ImageError> {
         let len = file.len() as u64;
-        let bytes = usize::try_from(offset)
-            .ok()
-            .and_then(|o| file.get(o..o.checked_add(RECORD_LEN)?));
+        let bytes = usize::try_from(offset).ok().and_then(|o| file.get(o..o.checked_add(RECORD_LEN)?));
         let Some(b) = bytes else {
-            return Err(ImageError::Truncated {
-                record: "a record".into(),
-                offset,
-                len,
-            });
+            return Err(ImageError::Truncated { record: "a record".into(), offset, len });
         };
         if !b.starts_with(RECORD_MAGIC) || !sealed(b) {
             return Err(corrupt("a record", offset, "its head is damaged"));
@@ -209,11 +191,7 @@ impl RecordHead {
         }
         match h.total().and_then(|t| offset.checked_add(t)) {
             Some(e) if e <= end => Ok(h),
-            _ if end == len => Err(ImageError::Truncated {
-                record: name(),
-                offset,
-                len,
-            }),
+            _ if end == len => Err(ImageError::Truncated { record: name(), offset, len }),
             _ => Err(corrupt(name(), offset, "it reaches into the next record")),
         }
     }
@@ -226,10 +204,7 @@ impl RecordHead {
 
 /// Length of a whole record with its padding.
 pub(crate) fn record_len(desc: u64, stored: u64) -> Option<u64> {
-    (RECORD_LEN as u64)
-        .checked_add(desc)?
-        .checked_add(stored)?
-        .checked_next_multiple_of(8)
+    (RECORD_LEN as u64).checked_add(desc)?.checked_add(stored)?.checked_next_multiple_of(8)
 }
 
 /// The last bytes of the file.
@@ -254,10 +229,7 @@ impl Trailer {
 
     /// The trailer of a file, where it has a whole one.
     pub fn of(file: &[u8]) -> Option<Self> {
-        let at = file
-            .len()
-            .checked_sub(TRAILER_LEN)
-            .filter(|at| *at >= HEADER_LEN)?;
+        let at = file.len().checked_sub(TRAILER_LEN).filter(|at| *at >= HEADER_LEN)?;
         let b = &file[at..];
         let t = Self {
             index_offset: u64_at(b, 8),

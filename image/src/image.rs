@@ -108,11 +108,7 @@ impl Image {
             wire::decode(&load(file, &head, at)?.0).map_err(|e| corrupt("the index", at, e))?;
         let entries = index.entries;
         if trailer.records as usize != entries.len() + 1 {
-            return Err(corrupt(
-                "the index",
-                at,
-                "it does not list as many records as the trailer counts",
-            ));
+            return Err(corrupt("the index", at, "it does not list as many records as the trailer counts"));
         }
         check_coverage(&entries, at)?;
 
@@ -131,10 +127,7 @@ impl Image {
             }
         }
         let meta = meta.ok_or(ImageError::Missing { record: "meta" })?;
-        let root = processes
-            .first()
-            .ok_or(ImageError::Missing { record: "process" })?
-            .pid;
+        let root = processes.first().ok_or(ImageError::Missing { record: "process" })?.pid;
         let (pages, files) = frames.finish(root, at)?;
         let inner = Inner {
             index_offset: at,
@@ -145,15 +138,11 @@ impl Image {
             pages,
             files,
             cache: FrameCache::new(entries.len(), CACHE),
-            checked: std::iter::repeat_with(OnceLock::new)
-                .take(entries.len())
-                .collect(),
+            checked: std::iter::repeat_with(OnceLock::new).take(entries.len()).collect(),
             entries,
             map,
         };
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Length of the file.
@@ -208,10 +197,7 @@ impl Image {
     /// Memory of a process.
     #[must_use]
     pub fn memory_of(&self, pid: Pid) -> Option<ImageMemory> {
-        let p = self
-            .processes()
-            .iter()
-            .find(|p| p.pid == pid.0.unsigned_abs())?;
+        let p = self.processes().iter().find(|p| p.pid == pid.0.unsigned_abs())?;
         Some(ImageMemory::new(self, p))
     }
 
@@ -233,12 +219,7 @@ impl Image {
     }
 
     /// Reads a piece of an embedded file into `buf`; what lies past its end is zero. `Ok(false)`: not here.
-    pub(crate) fn file_at(
-        &self,
-        key: &str,
-        offset: u64,
-        buf: &mut [u8],
-    ) -> Result<bool, ImageError> {
+    pub(crate) fn file_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, ImageError> {
         let Some(f) = self.inner.files.get(key) else {
             return Ok(false);
         };
@@ -328,11 +309,7 @@ impl Image {
             return Ok(Some(Bytes::Cached(c)));
         }
         let head = self.head(&self.inner.entries[n])?;
-        if head.encoding == ZSTD {
-            Ok(None)
-        } else {
-            self.content(n).map(Some)
-        }
+        if head.encoding == ZSTD { Ok(None) } else { self.content(n).map(Some) }
     }
 
     /// Decompresses a frame into `buf`, past the cache.
@@ -347,18 +324,8 @@ impl Image {
     /// Index entries with the bytes of their records.
     pub(crate) fn raw_records(&self) -> impl Iterator<Item = (&IndexEntry, &[u8])> {
         let file = self.inner.map.bytes();
-        let ends = self
-            .inner
-            .entries
-            .iter()
-            .skip(1)
-            .map(|e| e.offset)
-            .chain([self.inner.index_offset]);
-        self.inner
-            .entries
-            .iter()
-            .zip(ends)
-            .map(move |(e, end)| (e, &file[e.offset as usize..end as usize]))
+        let ends = self.inner.entries.iter().skip(1).map(|e| e.offset).chain([self.inner.index_offset]);
+        self.inner.entries.iter().zip(ends).map(move |(e, end)| (e, &file[e.offset as usize..end as usize]))
     }
 }
 
@@ -380,12 +347,7 @@ fn diagnose(file: &[u8]) -> ImageError {
         return corrupt("the trailer", at, "it is damaged, or bytes follow it");
     }
     ImageError::Truncated {
-        record: if seen_index {
-            "the trailer"
-        } else {
-            "the next record"
-        }
-        .into(),
+        record: if seen_index { "the trailer" } else { "the next record" }.into(),
         offset: at,
         len,
     }
@@ -408,11 +370,7 @@ fn check_coverage(entries: &[IndexEntry], end: u64) -> Result<(), ImageError> {
         }
     }
     if at != end {
-        return Err(corrupt(
-            "the index",
-            end,
-            format!("the last record that it lists ends at {at:#x}"),
-        ));
+        return Err(corrupt("the index", end, format!("the last record that it lists ends at {at:#x}")));
     }
     Ok(())
 }
@@ -421,18 +379,12 @@ fn entry_head(file: &[u8], e: &IndexEntry) -> Result<RecordHead, ImageError> {
     let name = || format!("the {} record", kind_name(e.kind));
     let end = record_len(e.desc.len() as u64, e.stored).map_or(0, |l| e.offset + l);
     let head = RecordHead::at(file, e.offset, end)?;
-    if (head.kind, head.stored, head.raw, head.desc as usize)
-        != (e.kind, e.stored, e.raw, e.desc.len())
-    {
+    if (head.kind, head.stored, head.raw, head.desc as usize) != (e.kind, e.stored, e.raw, e.desc.len()) {
         return Err(corrupt(name(), e.offset, "its head and the index disagree"));
     }
     let desc_at = e.offset as usize + format::RECORD_LEN;
     if file[desc_at..desc_at + e.desc.len()] != e.desc[..] {
-        return Err(corrupt(
-            name(),
-            e.offset,
-            "its description and the index disagree",
-        ));
+        return Err(corrupt(name(), e.offset, "its description and the index disagree"));
     }
     Ok(head)
 }
@@ -447,11 +399,7 @@ fn check_body(file: &[u8], head: &RecordHead, offset: u64) -> Result<(), ImageEr
     let at = offset as usize + format::RECORD_LEN;
     let body = &file[at..at + head.desc as usize + head.stored as usize];
     if crc32fast::hash(body) != head.body_crc {
-        return Err(corrupt(
-            format!("the {} record", kind_name(head.kind)),
-            offset,
-            "its checksum is wrong",
-        ));
+        return Err(corrupt(format!("the {} record", kind_name(head.kind)), offset, "its checksum is wrong"));
     }
     let end = at + body.len();
     let padding = &file[end..offset as usize + head.total().unwrap_or(0) as usize];
@@ -465,12 +413,7 @@ fn check_body(file: &[u8], head: &RecordHead, offset: u64) -> Result<(), ImageEr
     Ok(())
 }
 
-fn inflate(
-    file: &[u8],
-    head: &RecordHead,
-    offset: u64,
-    out: &mut Vec<u8>,
-) -> Result<(), ImageError> {
+fn inflate(file: &[u8], head: &RecordHead, offset: u64, out: &mut Vec<u8>) -> Result<(), ImageError> {
     let name = || format!("the {} record", kind_name(head.kind));
     if head.raw > max_raw(head.kind, head.stored) {
         return Err(corrupt(
@@ -486,11 +429,7 @@ fn inflate(
         .and_then(|mut d| d.decompress_to_buffer(body, out))
         .map_err(|e| corrupt(name(), offset, format!("it cannot be decompressed: {e}")))?;
     if n as u64 != head.raw {
-        return Err(corrupt(
-            name(),
-            offset,
-            format!("it holds {n} bytes instead of {}", head.raw),
-        ));
+        return Err(corrupt(name(), offset, format!("it holds {n} bytes instead of {}", head.raw)));
     }
     Ok(())
 }
@@ -539,13 +478,8 @@ impl Frames {
                 format!("a frame of {} bytes", e.raw),
             ));
         }
-        FrameDesc::decode(&*e.desc).map_err(|err| {
-            corrupt(
-                format!("the {} record", kind_name(e.kind)),
-                e.offset,
-                err.to_string(),
-            )
-        })
+        FrameDesc::decode(&*e.desc)
+            .map_err(|err| corrupt(format!("the {} record", kind_name(e.kind)), e.offset, err.to_string()))
     }
 
     fn pages(&mut self, n: usize, e: &IndexEntry) -> Result<(), ImageError> {
@@ -561,9 +495,7 @@ impl Frames {
                 };
                 // A run may lie below the one before it: the gap then wraps around.
                 let start = page.wrapping_add(*gap);
-                let end = start
-                    .checked_add(*count)
-                    .filter(|e| *e <= u64::MAX / PAGE as u64);
+                let end = start.checked_add(*count).filter(|e| *e <= u64::MAX / PAGE as u64);
                 let Some(end) = end.filter(|_| *count > 0) else {
                     return Err(bad("a run outside the address space"));
                 };
@@ -574,11 +506,7 @@ impl Frames {
                 if content > e.raw {
                     return Err(bad("its runs are longer than its content"));
                 }
-                list.push(PageRun {
-                    start: start * PAGE as u64,
-                    end: end * PAGE as u64,
-                    at,
-                });
+                list.push(PageRun { start: start * PAGE as u64, end: end * PAGE as u64, at });
                 page = end;
             }
         }
@@ -596,10 +524,7 @@ impl Frames {
             return Err(corrupt(
                 "the file record",
                 e.offset,
-                format!(
-                    "it belongs at {:#x}, the piece before ends at {end:#x}",
-                    desc.file_offset
-                ),
+                format!("it belongs at {:#x}, the piece before ends at {end:#x}", desc.file_offset),
             ));
         }
         f.info = f.info.take().or(desc.file);

@@ -72,19 +72,11 @@ impl ImageMemory {
     pub(crate) fn new(image: &Image, process: &Process) -> Self {
         let mut vmas: Vec<&Vma> = process.vmas.iter().filter(|v| v.start < v.end).collect();
         vmas.sort_by_key(|v| v.start);
-        let modules: HashMap<&str, &EmbeddedFile> = process
-            .modules
-            .iter()
-            .map(|m| (m.key.as_str(), m))
-            .collect();
+        let modules: HashMap<&str, &EmbeddedFile> =
+            process.modules.iter().map(|m| (m.key.as_str(), m)).collect();
         let empty = Vec::new();
         let runs = image.inner.pages.get(&process.pid).unwrap_or(&empty);
-        let mut build = Build {
-            image,
-            extents: Vec::new(),
-            files: Vec::new(),
-            by_name: HashMap::new(),
-        };
+        let mut build = Build { image, extents: Vec::new(), files: Vec::new(), by_name: HashMap::new() };
         let mut regions = Vec::new();
         let mut last = 0;
         for v in vmas {
@@ -97,9 +89,7 @@ impl ImageMemory {
             let default = build.default_source(v, &modules);
             let before = build.extents.len();
             build.vma(v, start, end, default, runs);
-            let readable = build.extents[before..]
-                .iter()
-                .any(|e| !matches!(e.source, Source::Nothing));
+            let readable = build.extents[before..].iter().any(|e| !matches!(e.source, Source::Nothing));
             if v.prot != 0 && readable {
                 regions.push(Region {
                     start: Addr(start),
@@ -129,9 +119,7 @@ impl ImageMemory {
             end.0,
             &mut |addr, e, bytes| match (e.source, bytes) {
                 (Source::Frame { .. }, Some(b)) => f(Addr(addr), Stored::Data(b)),
-                (Source::Zero { stored: true }, None) => {
-                    f(Addr(addr), Stored::Zero(e.end.min(end.0) - addr))
-                }
+                (Source::Zero { stored: true }, None) => f(Addr(addr), Stored::Zero(e.end.min(end.0) - addr)),
                 _ => {}
             },
             false,
@@ -145,40 +133,25 @@ impl ImageMemory {
     }
 
     /// Walks extents; `None` for zero ones. File-backed ones are read only with `files`.
-    fn walk(
-        &self,
-        start: u64,
-        end: u64,
-        f: &mut Visitor<'_>,
-        files: bool,
-    ) -> Result<(), MemoryError> {
+    fn walk(&self, start: u64, end: u64, f: &mut Visitor<'_>, files: bool) -> Result<(), MemoryError> {
         let mut buf = Vec::new();
         let mut held = None;
         let first = self.extents.partition_point(|e| e.end <= start);
         for e in self.extents[first..].iter().take_while(|e| e.start < end) {
             let (from, to) = (e.start.max(start), e.end.min(end));
             let len = (to - from) as usize;
-            let io = |source| MemoryError::Io {
-                addr: Addr(from),
-                len,
-                source,
-            };
+            let io = |source| MemoryError::Io { addr: Addr(from), len, source };
             match e.source {
                 Source::Frame { entry, offset } => {
-                    let range =
-                        offset + (from - e.start) as usize..offset + (to - e.start) as usize;
+                    let range = offset + (from - e.start) as usize..offset + (to - e.start) as usize;
                     if held == Some(entry) {
                         f(from, e, Some(&buf[range]));
-                    } else if let Some(b) = self
-                        .image
-                        .content_at_hand(entry)
-                        .map_err(|e| io(io::Error::other(e)))?
+                    } else if let Some(b) =
+                        self.image.content_at_hand(entry).map_err(|e| io(io::Error::other(e)))?
                     {
                         f(from, e, Some(&b[range]));
                     } else {
-                        self.image
-                            .content_into(entry, &mut buf)
-                            .map_err(|e| io(io::Error::other(e)))?;
+                        self.image.content_into(entry, &mut buf).map_err(|e| io(io::Error::other(e)))?;
                         held = Some(entry);
                         f(from, e, Some(&buf[range]));
                     }
@@ -187,18 +160,13 @@ impl ImageMemory {
                 Source::File(n, offset) if files => {
                     held = None;
                     // Nothing but zeros lies past the file's end.
-                    let left = self
-                        .file_len(n)
-                        .map_err(io)?
-                        .saturating_sub(offset.wrapping_add(from - e.start));
-                    let to = to.min(
-                        from.saturating_add(left.checked_next_multiple_of(4096).unwrap_or(left)),
-                    );
+                    let left =
+                        self.file_len(n).map_err(io)?.saturating_sub(offset.wrapping_add(from - e.start));
+                    let to = to.min(from.saturating_add(left.checked_next_multiple_of(4096).unwrap_or(left)));
                     let mut at = from;
                     while at < to {
                         buf.resize((to - at).min(256 << 10) as usize, 0);
-                        self.file(n, offset.wrapping_add(at - e.start), &mut buf)
-                            .map_err(io)?;
+                        self.file(n, offset.wrapping_add(at - e.start), &mut buf).map_err(io)?;
                         f(at, e, Some(&buf));
                         at += buf.len() as u64;
                     }
@@ -213,10 +181,7 @@ impl ImageMemory {
     fn file(&self, n: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let b = &self.files[n];
         if let Some(key) = &b.embedded
-            && self
-                .image
-                .file_at(key, offset, buf)
-                .map_err(io::Error::other)?
+            && self.image.file_at(key, offset, buf).map_err(io::Error::other)?
         {
             return Ok(());
         }
@@ -251,27 +216,20 @@ impl Memory for ImageMemory {
         let mut at = addr.0;
         let mut n = self.extents.partition_point(|e| e.end <= at);
         while at < end {
-            let e = self
-                .extents
-                .get(n)
-                .filter(|e| e.start <= at)
-                .ok_or_else(unmapped)?;
+            let e = self.extents.get(n).filter(|e| e.start <= at).ok_or_else(unmapped)?;
             let to = e.end.min(end);
             let io = |source| MemoryError::Io { addr, len, source };
             let part = &mut buf[(at - addr.0) as usize..(to - addr.0) as usize];
             match e.source {
                 Source::Frame { entry, offset } => {
-                    let content = self
-                        .image
-                        .content(entry)
-                        .map_err(|e| io(io::Error::other(e)))?;
+                    let content = self.image.content(entry).map_err(|e| io(io::Error::other(e)))?;
                     let from = offset + (at - e.start) as usize;
                     part.copy_from_slice(&content[from..from + part.len()]);
                 }
                 Source::Zero { .. } => part.fill(0),
-                Source::File(f, offset) => self
-                    .file(f, offset.wrapping_add(at - e.start), part)
-                    .map_err(io)?,
+                Source::File(f, offset) => {
+                    self.file(f, offset.wrapping_add(at - e.start), part).map_err(io)?
+                }
                 Source::Nothing => return Err(unmapped()),
             }
             at = to;
@@ -317,9 +275,7 @@ impl Build<'_> {
             _ if v.prot == 0 => Source::Nothing,
             VmaKind::VmaVdso | VmaKind::VmaVvar | VmaKind::VmaVsyscall => Source::Nothing,
             VmaKind::VmaAnonPrivate | VmaKind::VmaAnonShared => Source::Zero { stored: false },
-            VmaKind::VmaFilePrivate | VmaKind::VmaFileShared
-                if v.memfd || v.name == "/dev/zero" =>
-            {
+            VmaKind::VmaFilePrivate | VmaKind::VmaFileShared if v.memfd || v.name == "/dev/zero" => {
                 Source::Zero { stored: false }
             }
             VmaKind::VmaFilePrivate | VmaKind::VmaFileShared => {
@@ -327,9 +283,7 @@ impl Build<'_> {
                 let next = self.files.len();
                 let n = *self.by_name.entry(name).or_insert(next);
                 if n == next {
-                    let m = modules
-                        .get(v.module_key.as_str())
-                        .filter(|_| !v.module_key.is_empty());
+                    let m = modules.get(v.module_key.as_str()).filter(|_| !v.module_key.is_empty());
                     let here = |k: &&str| self.image.file_size(k).is_some();
                     self.files.push(Backing {
                         embedded: Some(v.module_key.as_str()).filter(here).map(str::to_owned),
@@ -364,17 +318,10 @@ impl Build<'_> {
                 self.extents.push(fill(at, from));
             }
             let source = match r.at {
-                Some((entry, offset)) => Source::Frame {
-                    entry,
-                    offset: offset + (from - r.start) as usize,
-                },
+                Some((entry, offset)) => Source::Frame { entry, offset: offset + (from - r.start) as usize },
                 None => Source::Zero { stored: true },
             };
-            self.extents.push(Extent {
-                start: from,
-                end: to,
-                source,
-            });
+            self.extents.push(Extent { start: from, end: to, source });
             at = to;
         }
         if at < end {
@@ -385,10 +332,7 @@ impl Build<'_> {
 
 impl Backing {
     fn on_disk(&self) -> io::Result<&File> {
-        self.open
-            .get_or_init(|| self.open())
-            .as_ref()
-            .map_err(|e| io::Error::other(e.clone()))
+        self.open.get_or_init(|| self.open()).as_ref().map_err(|e| io::Error::other(e.clone()))
     }
 
     /// Opens the file on disk, if it still is the one that was mapped.
@@ -396,20 +340,11 @@ impl Backing {
         let p = self.path.display();
         let hint = "dump again with the file in place, or embed it";
         // Not to hang on a pipe that a foreign image names.
-        let file = File::options()
-            .read(true)
-            .custom_flags(O_NONBLOCK)
-            .open(&self.path)
-            .map_err(|e| {
-                format!(
-                    "{p}, which was mapped and is not in the image, cannot be opened: {e}; {hint}"
-                )
-            })?;
+        let file = File::options().read(true).custom_flags(O_NONBLOCK).open(&self.path).map_err(|e| {
+            format!("{p}, which was mapped and is not in the image, cannot be opened: {e}; {hint}")
+        })?;
         let m = file.metadata().map_err(|e| format!("fstat {p}: {e}"))?;
-        let mtime = m
-            .mtime()
-            .saturating_mul(1_000_000_000)
-            .saturating_add(m.mtime_nsec());
+        let mtime = m.mtime().saturating_mul(1_000_000_000).saturating_add(m.mtime_nsec());
         if !m.is_file() {
             return Err(format!("{p} is not a regular file; {hint}"));
         }
@@ -423,11 +358,7 @@ impl Backing {
         if same || self.same_build_id(&file) {
             return Ok(file);
         }
-        Err(format!(
-            "{p} is not the file that was mapped (inode {} then, {} now); {hint}",
-            self.ino,
-            m.ino()
-        ))
+        Err(format!("{p} is not the file that was mapped (inode {} then, {} now); {hint}", self.ino, m.ino()))
     }
 
     fn same_build_id(&self, file: &File) -> bool {
@@ -441,12 +372,8 @@ fn build_id_of(file: &File) -> Option<Vec<u8>> {
         let mut b = vec![0; len];
         file.read_exact_at(&mut b, at).ok().map(|()| b)
     };
-    let u = |b: &[u8], at: usize, n: usize| {
-        b[at..at + n]
-            .iter()
-            .rev()
-            .fold(0u64, |a, x| a << 8 | u64::from(*x))
-    };
+    let u =
+        |b: &[u8], at: usize, n: usize| b[at..at + n].iter().rev().fold(0u64, |a, x| a << 8 | u64::from(*x));
     let eh = get(0, 64).filter(|b| b.starts_with(b"\x7fELF\x02\x01"))?;
     let (phoff, phentsize, phnum) = (u(&eh, 32, 8), u(&eh, 54, 2), u(&eh, 56, 2));
     for i in 0..phnum.min(64) {

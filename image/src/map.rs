@@ -21,10 +21,7 @@ impl Map {
         let io = |call| move |e| ImageError::io(call, path, e);
         if path.as_os_str() == "-" {
             let mut v = Vec::new();
-            std::io::stdin()
-                .lock()
-                .read_to_end(&mut v)
-                .map_err(io("read"))?;
+            std::io::stdin().lock().read_to_end(&mut v).map_err(io("read"))?;
             return Ok(Self::Owned(v));
         }
         let mut file = File::open(path).map_err(io("open"))?;

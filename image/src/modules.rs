@@ -15,10 +15,7 @@ const AT_SYSINFO_EHDR: u64 = 33;
 #[must_use]
 pub fn auxv_value(auxv: &[u8], key: u64) -> Option<u64> {
     let word = |c: &[u8]| c.try_into().map(u64::from_le_bytes).unwrap_or(0);
-    auxv.chunks_exact(16)
-        .map(|c| (word(&c[..8]), word(&c[8..])))
-        .find(|e| e.0 == key)
-        .map(|e| e.1)
+    auxv.chunks_exact(16).map(|c| (word(&c[..8]), word(&c[8..]))).find(|e| e.0 == key).map(|e| e.1)
 }
 
 /// What a module is to the process.
@@ -62,11 +59,7 @@ pub struct Module {
 
 impl fmt::Debug for Module {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Module({} at {:#x}–{:#x}, {:?})",
-            self.path, self.start.0, self.end.0, self.role
-        )
+        write!(f, "Module({} at {:#x}–{:#x}, {:?})", self.path, self.start.0, self.end.0, self.role)
     }
 }
 
@@ -177,8 +170,7 @@ impl ModuleMap {
             // The code has to be where this bias puts it.
             let placed = elf.segments().iter().filter(|s| s.flags & 1 != 0).any(|s| {
                 let at = s.vaddr.at(bias).0;
-                vmas.iter()
-                    .any(|o| same(&o) && code(o) && o.start <= at && at < o.end)
+                vmas.iter().any(|o| same(&o) && code(o) && o.start <= at && at < o.end)
             });
             if !placed || first_code.start < v.start {
                 continue;
@@ -187,14 +179,7 @@ impl ModuleMap {
                 Some(_) => elf.build_id_hex(),
                 None => format!("{:x}:{:x}", v.dev, v.ino),
             };
-            map.push(
-                v.name.clone(),
-                v.deleted,
-                bias,
-                Arc::clone(elf),
-                key,
-                (v.dev, v.ino),
-            );
+            map.push(v.name.clone(), v.deleted, bias, Arc::clone(elf), key, (v.dev, v.ino));
         }
         map.modules.sort_by_key(|m| m.start);
         map.assign_roles(auxv);
@@ -255,23 +240,15 @@ impl ModuleMap {
         };
         let exe = holds(self, auxv_value(auxv, AT_PHDR))
             .or_else(|| holds(self, auxv_value(auxv, AT_ENTRY)))
-            .or_else(|| {
-                self.modules
-                    .iter()
-                    .position(|m| m.elf.is_pie() && m.elf.interp().is_some())
-            });
+            .or_else(|| self.modules.iter().position(|m| m.elf.is_pie() && m.elf.interp().is_some()));
         if let Some(i) = exe {
             self.edit(i, |m| m.role = Role::Exe);
         }
         let interp_name = exe.and_then(|i| self.modules[i].elf.interp().map(str::to_owned));
-        let interp = holds(self, auxv_value(auxv, AT_BASE))
-            .filter(|&i| Some(i) != exe)
-            .or_else(|| {
-                let file = interp_name.as_deref()?.rsplit('/').next()?;
-                self.modules
-                    .iter()
-                    .position(|m| m.name() == file || m.elf.soname().as_deref() == Some(file))
-            });
+        let interp = holds(self, auxv_value(auxv, AT_BASE)).filter(|&i| Some(i) != exe).or_else(|| {
+            let file = interp_name.as_deref()?.rsplit('/').next()?;
+            self.modules.iter().position(|m| m.name() == file || m.elf.soname().as_deref() == Some(file))
+        });
         if let Some(i) = interp.filter(|&i| Some(i) != exe) {
             self.edit(i, |m| m.role = Role::Interp);
         }
@@ -339,11 +316,10 @@ impl ModuleMap {
     /// A module by DT_SONAME or file name ("libc.so.6").
     #[must_use]
     pub fn by_name(&self, name: &str) -> Option<&Arc<Module>> {
-        self.modules.iter().find(|m| m.name() == name).or_else(|| {
-            self.modules
-                .iter()
-                .find(|m| m.elf.soname().as_deref() == Some(name))
-        })
+        self.modules
+            .iter()
+            .find(|m| m.name() == name)
+            .or_else(|| self.modules.iter().find(|m| m.elf.soname().as_deref() == Some(name)))
     }
     /// A module by build-id.
     #[must_use]
@@ -358,11 +334,7 @@ impl ModuleMap {
     /// For the image's list of files (the vdso is not a file).
     #[must_use]
     pub fn to_proto(&self) -> Vec<proto::EmbeddedFile> {
-        self.modules
-            .iter()
-            .filter(|m| m.role != Role::Vdso)
-            .map(|m| m.to_proto())
-            .collect()
+        self.modules.iter().filter(|m| m.role != Role::Vdso).map(|m| m.to_proto()).collect()
     }
 
     /// The loader's list of modules (`r_debug` by DT_DEBUG), in load order, as (bias, address of link_map).
@@ -400,20 +372,14 @@ impl ModuleMap {
     pub fn read_tls(&mut self, memory: &dyn Memory) -> Result<(), MemoryError> {
         let list = self.link_map(memory)?;
         // { bits, count, offset } of the field.
-        let descriptor = self
-            .libc()
-            .and_then(|m| m.symbol("_thread_db_link_map_l_tls_modid"));
+        let descriptor = self.libc().and_then(|m| m.symbol("_thread_db_link_map_l_tls_modid"));
         let offset = match descriptor {
             Some(a) => Some(memory.u32(a.add(8))?).filter(|&o| o < 1 << 16),
             None => None,
         };
         let mut counted = 0;
         for (bias, link_map) in list {
-            let Some(i) = self
-                .modules
-                .iter()
-                .position(|m| m.bias == bias && m.role != Role::Vdso)
-            else {
+            let Some(i) = self.modules.iter().position(|m| m.bias == bias && m.role != Role::Vdso) else {
                 continue;
             };
             if self.modules[i].elf.tls().is_none_or(|t| t.mem_size == 0) {
@@ -436,14 +402,8 @@ impl ModuleMap {
 fn bias_of(elf: &ElfFile, v: &proto::Vma) -> Option<Addr> {
     let first = elf.segments().first()?;
     let page = first.file_offset & !4095;
-    let inside = page
-        .checked_sub(v.file_offset)
-        .filter(|d| *d < v.end - v.start)?;
-    Some(Addr(
-        v.start
-            .wrapping_add(inside)
-            .wrapping_sub(first.vaddr.0 & !4095),
-    ))
+    let inside = page.checked_sub(v.file_offset).filter(|d| *d < v.end - v.start)?;
+    Some(Addr(v.start.wrapping_add(inside).wrapping_sub(first.vaddr.0 & !4095)))
 }
 
 /// Where a thread's block of a module's thread-local variables lies: by the thread's DTV, and for the program
@@ -463,9 +423,5 @@ pub fn tls_block(memory: &dyn Memory, fs_base: Addr, module: &Module) -> Option<
         let block = (id <= slots).then(|| memory.u64(dtv.add(id * 16)).ok())??;
         (block != u64::MAX && block != 0).then_some(Addr(block))
     };
-    by_dtv().or_else(|| {
-        module
-            .is_exe()
-            .then(|| Addr(fs_base.0.wrapping_sub(tls.exe_offset())))
-    })
+    by_dtv().or_else(|| module.is_exe().then(|| Addr(fs_base.0.wrapping_sub(tls.exe_offset()))))
 }

@@ -27,8 +27,7 @@ impl Output {
         if path.as_os_str() == "-" {
             if std::io::stdout().is_terminal() {
                 return Err(ImageError::Input {
-                    what: "an image to a terminal; redirect standard output, or give a file name"
-                        .into(),
+                    what: "an image to a terminal; redirect standard output, or give a file name".into(),
                 });
             }
             return Ok(Self::stream(Box::new(std::io::stdout()), path));
@@ -36,25 +35,18 @@ impl Output {
         if let Ok(meta) = std::fs::metadata(path) {
             let t = meta.file_type();
             if t.is_fifo() || t.is_char_device() {
-                let f = OpenOptions::new()
-                    .write(true)
-                    .open(path)
-                    .map_err(|e| ImageError::io("open", path, e))?;
+                let f =
+                    OpenOptions::new().write(true).open(path).map_err(|e| ImageError::io("open", path, e))?;
                 return Ok(Self::stream(Box::new(f), path));
             }
             if !t.is_file() {
                 return Err(ImageError::Input {
-                    what: format!(
-                        "an image to {}: it exists and is not a file",
-                        path.display()
-                    ),
+                    what: format!("an image to {}: it exists and is not a file", path.display()),
                 });
             }
         }
         let Some(name) = path.file_name() else {
-            return Err(ImageError::Input {
-                what: format!("to {}: it names no file", path.display()),
-            });
+            return Err(ImageError::Input { what: format!("to {}: it names no file", path.display()) });
         };
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         loop {
@@ -63,17 +55,9 @@ impl Output {
             tmp_name.push(name);
             tmp_name.push(format!(".{}.{n}.part", std::process::id()));
             let tmp = path.with_file_name(tmp_name);
-            match OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&tmp)
-            {
+            match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&tmp) {
                 Ok(file) => {
-                    let sink = Box::new(
-                        file.try_clone()
-                            .map_err(|e| ImageError::io("dup", &tmp, e))?,
-                    );
+                    let sink = Box::new(file.try_clone().map_err(|e| ImageError::io("dup", &tmp, e))?);
                     let mut out = Self::stream(sink, path);
                     out.temporary = Some(Temporary { file, path: tmp });
                     return Ok(out);
@@ -86,19 +70,11 @@ impl Output {
 
     /// Any writer; `path` is for messages.
     pub fn stream(sink: Box<dyn Write + Send>, path: &Path) -> Self {
-        Self {
-            sink,
-            path: path.to_owned(),
-            temporary: None,
-            digest: crc32fast::Hasher::new(),
-            written: 0,
-        }
+        Self { sink, path: path.to_owned(), temporary: None, digest: crc32fast::Hasher::new(), written: 0 }
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), ImageError> {
-        self.sink
-            .write_all(bytes)
-            .map_err(|e| ImageError::io("write", &self.path, e))?;
+        self.sink.write_all(bytes).map_err(|e| ImageError::io("write", &self.path, e))?;
         self.digest.update(bytes);
         self.written += bytes.len() as u64;
         Ok(())
@@ -115,29 +91,18 @@ impl Output {
 
     /// Makes the file durable and gives it its name.
     pub fn commit(mut self, sync: bool) -> Result<(), ImageError> {
-        self.sink
-            .flush()
-            .map_err(|e| ImageError::io("write", &self.path, e))?;
+        self.sink.flush().map_err(|e| ImageError::io("write", &self.path, e))?;
         let Some(tmp) = &self.temporary else {
             return Ok(());
         };
         if sync {
-            tmp.file
-                .sync_all()
-                .map_err(|e| ImageError::io("fsync", &self.path, e))?;
+            tmp.file.sync_all().map_err(|e| ImageError::io("fsync", &self.path, e))?;
         }
-        std::fs::rename(&tmp.path, &self.path)
-            .map_err(|e| ImageError::io("rename to", &self.path, e))?;
+        std::fs::rename(&tmp.path, &self.path).map_err(|e| ImageError::io("rename to", &self.path, e))?;
         self.temporary = None;
         if sync {
-            let dir = self
-                .path
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
-            File::open(dir)
-                .and_then(|d| d.sync_all())
-                .map_err(|e| ImageError::io("fsync", dir, e))?;
+            let dir = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            File::open(dir).and_then(|d| d.sync_all()).map_err(|e| ImageError::io("fsync", dir, e))?;
         }
         Ok(())
     }

@@ -27,20 +27,15 @@ pub(crate) struct Packed {
 
 /// Compresses one job; what does not shrink by a sixteenth is stored as it is.
 pub(crate) fn pack(job: Job, level: i32, ctx: Option<&mut zstd::bulk::Compressor<'_>>) -> Packed {
-    let Job {
-        kind,
-        desc,
-        content,
-    } = job;
+    let Job { kind, desc, content } = job;
     let raw = content.len() as u64;
     let packed = match ctx {
         Some(c) => c.compress(&content).ok(),
         None if level != 0 => zstd::bulk::compress(&content, level).ok(),
         None => None,
     };
-    let packed = packed.filter(|p| {
-        p.len() < content.len() - content.len() / 16 && raw <= max_raw(kind, p.len() as u64)
-    });
+    let packed = packed
+        .filter(|p| p.len() < content.len() - content.len() / 16 && raw <= max_raw(kind, p.len() as u64));
     let (encoding, body, spare) = match packed {
         Some(p) => (ZSTD, p, Some(content)),
         None => (RAW, content, None),
@@ -48,15 +43,7 @@ pub(crate) fn pack(job: Job, level: i32, ctx: Option<&mut zstd::bulk::Compressor
     let mut crc = crc32fast::Hasher::new();
     crc.update(&desc);
     crc.update(&body);
-    Packed {
-        kind,
-        desc,
-        encoding,
-        raw,
-        body,
-        body_crc: crc.finalize(),
-        spare,
-    }
+    Packed { kind, desc, encoding, raw, body, body_crc: crc.finalize(), spare }
 }
 
 /// Worker threads, started with the first frame.
@@ -102,10 +89,7 @@ impl Pool {
                 }
             };
             // A thread that cannot be had is one worker fewer; with none, the caller does the work itself.
-            if let Ok(h) = std::thread::Builder::new()
-                .name("mcr-compress".into())
-                .spawn(work)
-            {
+            if let Ok(h) = std::thread::Builder::new().name("mcr-compress".into()).spawn(work) {
                 self.workers.push(h);
             }
         }

@@ -31,8 +31,8 @@ macro_rules! regs {
     };
 }
 regs!(
-    r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs,
-    eflags, rsp, ss, fs_base, gs_base, ds, es, fs, gs
+    r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp,
+    ss, fs_base, gs_base, ds, es, fs, gs
 );
 
 impl Regs {
@@ -41,13 +41,13 @@ impl Regs {
     #[must_use]
     pub fn dwarf(&self) -> [u64; 17] {
         [
-            self.rax, self.rdx, self.rcx, self.rbx, self.rsi, self.rdi, self.rbp, self.rsp,
-            self.r8, self.r9, self.r10, self.r11, self.r12, self.r13, self.r14, self.r15, self.rip,
+            self.rax, self.rdx, self.rcx, self.rbx, self.rsi, self.rdi, self.rbp, self.rsp, self.r8, self.r9,
+            self.r10, self.r11, self.r12, self.r13, self.r14, self.r15, self.rip,
         ]
     }
     /// Names of `dwarf()`'s entries.
     pub const DWARF_NAMES: [&'static str; 17] = [
-        "rax", "rdx", "rcx", "rbx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12",
-        "r13", "r14", "r15", "rip",
+        "rax", "rdx", "rcx", "rbx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13",
+        "r14", "r15", "rip",
     ];
 }

@@ -69,8 +69,9 @@ pub fn blocking(nr: i64) -> Option<Blocking> {
         "pread64" | "readv" | "preadv" | "preadv2" | "recvmsg" => (Some(0), Never, true, Some(1)),
         "recvmmsg" => (Some(0), Timespec(4), true, Some(1)),
         "accept" | "accept4" => (Some(0), Never, true, Some(1)),
-        "write" | "writev" | "pwrite64" | "pwritev" | "pwritev2" | "sendto" | "sendmsg"
-        | "sendmmsg" => (Some(0), Never, false, None),
+        "write" | "writev" | "pwrite64" | "pwritev" | "pwritev2" | "sendto" | "sendmsg" | "sendmmsg" => {
+            (Some(0), Never, false, None)
+        }
         "connect" | "flock" | "fcntl" | "fsync" | "fdatasync" => (Some(0), Never, false, None),
         "sendfile" => (Some(0), Never, true, None),
         "splice" | "tee" => (Some(0), Never, true, None),
@@ -103,13 +104,7 @@ pub fn blocking(nr: i64) -> Option<Blocking> {
         "restart_syscall" => (None, Never, false, None),
         _ => return None,
     };
-    Some(Blocking {
-        name,
-        fd_arg,
-        timeout,
-        consumes_input,
-        result_arg,
-    })
+    Some(Blocking { name, fd_arg, timeout, consumes_input, result_arg })
 }
 
 /// [`blocking`], with the arguments looked at where the same number both waits and does not.
@@ -117,10 +112,22 @@ pub fn blocking(nr: i64) -> Option<Blocking> {
 pub fn blocks(nr: i64, args: &[u64; 6]) -> Option<Blocking> {
     const F_SETLKW: u64 = 7;
     const F_OFD_SETLKW: u64 = 38;
+    const WNOHANG: u64 = 1;
+    const MSG_DONTWAIT: u64 = 0x40;
+    const IPC_NOWAIT: u64 = 0o4000;
     let b = blocking(nr)?;
     let waits = match b.name {
         "futex" => futex_waits(args[1]),
         "fcntl" => matches!(args[1], F_SETLKW | F_OFD_SETLKW),
+        // A timeout of zero only asks.
+        "poll" => args[2] as i32 != 0,
+        "wait4" => args[2] & WNOHANG == 0,
+        "waitid" => args[3] & WNOHANG == 0,
+        "recvfrom" | "sendto" | "recvmmsg" | "sendmmsg" => args[3] & MSG_DONTWAIT == 0,
+        "recvmsg" | "sendmsg" => args[2] & MSG_DONTWAIT == 0,
+        "msgrcv" => args[4] & IPC_NOWAIT == 0,
+        // No completion is waited for.
+        "io_uring_enter" => args[2] != 0,
         _ => true,
     };
     waits.then_some(b)
@@ -159,6 +166,33 @@ pub fn is_resting(nr: i64, args: &[u64; 6]) -> bool {
     )
 }
 
+/// Whether a call does nothing but wait (for readiness, time, a wake-up, a signal): a thread that is about to
+/// execute it may be held right there, as if it had found nothing, whatever would be ready. `read` and `accept`
+/// do not belong here: on a descriptor that does not block they are ordinary work.
+#[must_use]
+pub fn only_waits(nr: i64, args: &[u64; 6]) -> bool {
+    blocks(nr, args).is_some_and(|b| {
+        matches!(
+            b.name,
+            "epoll_wait"
+                | "epoll_pwait"
+                | "epoll_pwait2"
+                | "poll"
+                | "ppoll"
+                | "select"
+                | "pselect6"
+                | "nanosleep"
+                | "clock_nanosleep"
+                | "pause"
+                | "rt_sigsuspend"
+                | "rt_sigtimedwait"
+                | "futex"
+                | "futex_waitv"
+                | "futex_wait"
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,6 +213,16 @@ mod tests {
         let blocked = |op| blocks(futex, &[0, op, 0, 0, 0, 0]).is_some();
         assert!(blocked(0x80) && blocked(0x189));
         assert!(!blocked(0x81) && !blocked(3));
+        let with = |name, i: usize, v| {
+            let mut args = [1; 6];
+            args[i] = v;
+            (number(name).unwrap(), args)
+        };
+        let resting = |(nr, args): (i64, [u64; 6])| is_resting(nr, &args);
+        assert!(resting(with("poll", 2, u64::MAX)) && !resting(with("poll", 2, 0)));
+        assert!(resting(with("wait4", 2, 0)) && !resting(with("wait4", 2, 1)));
+        assert!(resting(with("recvfrom", 3, 0)) && !resting(with("recvfrom", 3, 0x40)));
+        assert!(only_waits(232, &[0; 6]) && !only_waits(0, &[0; 6]));
         assert!(is_resting(232, &[0; 6]));
         assert!(!is_resting(1, &[0; 6]) && !is_resting(39, &[0; 6]));
     }

@@ -15,9 +15,7 @@ const LEAST: usize = 6;
 pub(crate) fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, String> {
     let n = elements(bytes);
     if n > FREE && n > bytes.len() / LEAST {
-        return Err(format!(
-            "{n} elements of less than {LEAST} bytes on average"
-        ));
+        return Err(format!("{n} elements of less than {LEAST} bytes on average"));
     }
     M::decode(bytes).map_err(|e| e.to_string())
 }
@@ -35,9 +33,7 @@ fn elements(mut left: &[u8]) -> usize {
             WireType::ThirtyTwoBit => Some(4),
             WireType::LengthDelimited => {
                 n += 1;
-                decode_varint(&mut left)
-                    .ok()
-                    .and_then(|n| usize::try_from(n).ok())
+                decode_varint(&mut left).ok().and_then(|n| usize::try_from(n).ok())
             }
             WireType::StartGroup | WireType::EndGroup => None,
         };
@@ -58,21 +54,9 @@ mod tests {
     fn a_bomb_of_empty_threads_is_refused_and_many_mappings_are_not() {
         // Field 22, length-delimited, empty.
         let bomb = [0xb2, 0x01, 0x00].repeat(200_000);
-        assert!(
-            decode::<Process>(&bomb)
-                .unwrap_err()
-                .contains("200000 elements")
-        );
-        let vma = Vma {
-            start: 1 << 40,
-            end: 1 << 41,
-            prot: 3,
-            ..Default::default()
-        };
-        let many = Process {
-            vmas: vec![vma; 200_000],
-            ..Default::default()
-        };
+        assert!(decode::<Process>(&bomb).unwrap_err().contains("200000 elements"));
+        let vma = Vma { start: 1 << 40, end: 1 << 41, prot: 3, ..Default::default() };
+        let many = Process { vmas: vec![vma; 200_000], ..Default::default() };
         assert_eq!(decode::<Process>(&many.encode_to_vec()).unwrap(), many);
     }
 }

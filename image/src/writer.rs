@@ -1,8 +1,6 @@
 //! Writing an image, front to back.
 
-use crate::format::{
-    self, FRAME, MAX_FRAME, MAX_MESSAGE, PAGE, RecordHead, RecordKind, Trailer, kind_name,
-};
+use crate::format::{self, FRAME, MAX_FRAME, MAX_MESSAGE, PAGE, RecordHead, RecordKind, Trailer, kind_name};
 use crate::output::Output;
 use crate::pool::{Job, Packed, Pool};
 use crate::proto::{EmbeddedFile, FrameDesc, Index, IndexEntry};
@@ -28,12 +26,7 @@ pub struct WriterOptions {
 impl Default for WriterOptions {
     fn default() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(16));
-        Self {
-            level: 1,
-            threads,
-            frame_size: FRAME,
-            sync: true,
-        }
+        Self { level: 1, threads, frame_size: FRAME, sync: true }
     }
 }
 
@@ -112,10 +105,7 @@ impl ImageWriter {
     }
 
     /// Starts an image on any stream.
-    pub fn to_writer(
-        sink: Box<dyn Write + Send>,
-        options: WriterOptions,
-    ) -> Result<Self, ImageError> {
+    pub fn to_writer(sink: Box<dyn Write + Send>, options: WriterOptions) -> Result<Self, ImageError> {
         Self::start(Output::stream(sink, &PathBuf::from("<stream>")), options)
     }
 
@@ -124,9 +114,7 @@ impl ImageWriter {
             || !options.frame_size.is_multiple_of(PAGE)
             || options.frame_size as u64 > MAX_FRAME
         {
-            return Err(ImageError::Input {
-                what: format!("frames of {} bytes", options.frame_size),
-            });
+            return Err(ImageError::Input { what: format!("frames of {} bytes", options.frame_size) });
         }
         out.write(&format::header())?;
         Ok(Self {
@@ -171,10 +159,7 @@ impl ImageWriter {
     pub fn pages(&mut self, addr: Addr, bytes: &[u8]) -> Result<(), ImageError> {
         if !addr.0.is_multiple_of(PAGE as u64) || !bytes.len().is_multiple_of(PAGE) {
             return Err(ImageError::Input {
-                what: format!(
-                    "{} bytes at {addr}: memory is stored in whole pages of {PAGE}",
-                    bytes.len()
-                ),
+                what: format!("{} bytes at {addr}: memory is stored in whole pages of {PAGE}", bytes.len()),
             });
         }
         let first = addr.0 / PAGE as u64;
@@ -205,9 +190,7 @@ impl ImageWriter {
     /// Embeds a file's content under `file.key`; a key that is already in the image is not stored again.
     pub fn file(&mut self, file: &EmbeddedFile, content: &[u8]) -> Result<(), ImageError> {
         if file.key.is_empty() {
-            return Err(ImageError::Input {
-                what: format!("the embedded file {} without a key", file.path),
-            });
+            return Err(ImageError::Input { what: format!("the embedded file {} without a key", file.path) });
         }
         if !self.keys.insert(file.key.clone()) {
             return Ok(());
@@ -216,11 +199,7 @@ impl ImageWriter {
         let mut info = file.clone();
         info.embedded = true;
         info.size = content.len() as u64;
-        let mut desc = FrameDesc {
-            key: file.key.clone(),
-            file: Some(info),
-            ..Default::default()
-        };
+        let mut desc = FrameDesc { key: file.key.clone(), file: Some(info), ..Default::default() };
         if content.is_empty() {
             return self.submit(RecordKind::File as u32, desc.encode_to_vec(), Vec::new());
         }
@@ -261,17 +240,9 @@ impl ImageWriter {
         self.flush_pages()?;
         self.drain(true)?;
         let index_offset = self.out.written();
-        let index = Index {
-            entries: std::mem::take(&mut self.entries),
-        };
-        let job = Job {
-            kind: RecordKind::Index as u32,
-            desc: Vec::new(),
-            content: index.encode_to_vec(),
-        };
-        let records = u32::try_from(index.entries.len())
-            .unwrap_or(u32::MAX)
-            .saturating_add(1);
+        let index = Index { entries: std::mem::take(&mut self.entries) };
+        let job = Job { kind: RecordKind::Index as u32, desc: Vec::new(), content: index.encode_to_vec() };
+        let records = u32::try_from(index.entries.len()).unwrap_or(u32::MAX).saturating_add(1);
         self.write_packed(crate::pool::pack(job, self.options.level, None))?;
         let trailer = Trailer {
             index_offset,
@@ -297,42 +268,29 @@ impl ImageWriter {
             zero_runs: frame.zero.encode(),
             ..Default::default()
         };
-        self.submit(
-            RecordKind::Pages as u32,
-            desc.encode_to_vec(),
-            frame.content,
-        )
+        self.submit(RecordKind::Pages as u32, desc.encode_to_vec(), frame.content)
     }
 
     fn submit(&mut self, kind: u32, desc: Vec<u8>, content: Vec<u8>) -> Result<(), ImageError> {
         self.written.content_bytes += content.len() as u64;
-        self.pool.submit(Job {
-            kind,
-            desc,
-            content,
-        });
+        self.pool.submit(Job { kind, desc, content });
         self.drain(false)
     }
 
     fn drain(&mut self, wait: bool) -> Result<(), ImageError> {
-        while let Some(p) = self.pool.next(wait).map_err(|e| ImageError::Input {
-            what: format!("the image: {e}"),
-        })? {
+        while let Some(p) =
+            self.pool.next(wait).map_err(|e| ImageError::Input { what: format!("the image: {e}") })?
+        {
             self.write_packed(p)?;
         }
         Ok(())
     }
 
     fn write_packed(&mut self, p: Packed) -> Result<(), ImageError> {
-        let desc_len = u32::try_from(p.desc.len())
-            .ok()
-            .filter(|n| u64::from(*n) <= format::MAX_DESC);
+        let desc_len = u32::try_from(p.desc.len()).ok().filter(|n| u64::from(*n) <= format::MAX_DESC);
         let Some(desc_len) = desc_len else {
             return Err(ImageError::Input {
-                what: format!(
-                    "a {} record: its description is too long",
-                    kind_name(p.kind)
-                ),
+                what: format!("a {} record: its description is too long", kind_name(p.kind)),
             });
         };
         let head = RecordHead {
@@ -371,6 +329,5 @@ impl ImageWriter {
 #[must_use]
 pub fn is_zero(page: &[u8]) -> bool {
     let mut blocks = page.chunks_exact(64);
-    blocks.all(|b| b.iter().fold(0, |a, x| a | x) == 0)
-        && blocks.remainder().iter().all(|b| *b == 0)
+    blocks.all(|b| b.iter().fold(0, |a, x| a | x) == 0) && blocks.remainder().iter().all(|b| *b == 0)
 }

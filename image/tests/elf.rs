@@ -11,11 +11,7 @@ use support::{Target, compile};
 
 fn run(program: &str, args: &[&str]) {
     let out = Command::new(program).args(args).output().unwrap();
-    assert!(
-        out.status.success(),
-        "{program} {args:?}: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
+    assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
 }
 
 #[test]
@@ -29,62 +25,33 @@ fn a_program_can_be_read() {
     assert!(f.needed().iter().any(|n| n == "libc.so.6"));
     let main = f.symbol("main").unwrap();
     assert_eq!((main.kind, main.bind), (SymbolKind::Func, Bind::Global));
-    assert_eq!(
-        f.function_at(LinkAddr(main.addr.0 + 1)).unwrap().name,
-        "main"
-    );
+    assert_eq!(f.function_at(LinkAddr(main.addr.0 + 1)).unwrap().name, "main");
     assert_eq!(f.section_kind(main.addr), SectionKind::Text);
     let serve = f.symbol("serve").unwrap();
     assert_eq!((serve.bind, serve.file), (Bind::Local, Some("threads.c")));
     let tls = f.symbol("per_thread").unwrap();
     assert_eq!(tls.kind, SymbolKind::Tls);
     assert!(tls.addr.0 < f.tls().unwrap().mem_size);
-    assert_eq!(
-        f.section_kind(f.symbol("counter").unwrap().addr),
-        SectionKind::Data
-    );
-    assert_eq!(
-        f.section_kind(f.symbol("zeroed").unwrap().addr),
-        SectionKind::Bss
-    );
-    assert_eq!(
-        f.section_kind(f.symbol("names").unwrap().addr),
-        SectionKind::RelRo
-    );
-    assert_eq!(
-        f.object_at(LinkAddr(f.symbol("zeroed").unwrap().addr.0 + 8))
-            .unwrap()
-            .name,
-        "zeroed"
-    );
+    assert_eq!(f.section_kind(f.symbol("counter").unwrap().addr), SectionKind::Data);
+    assert_eq!(f.section_kind(f.symbol("zeroed").unwrap().addr), SectionKind::Bss);
+    assert_eq!(f.section_kind(f.symbol("names").unwrap().addr), SectionKind::RelRo);
+    assert_eq!(f.object_at(LinkAddr(f.symbol("zeroed").unwrap().addr.0 + 8)).unwrap().name, "zeroed");
     assert_eq!(f.section_kind(LinkAddr(1 << 40)), SectionKind::Outside);
     assert!(f.symbols_named("no such symbol").is_empty());
 }
 
 #[test]
 fn initial_bytes_are_what_the_loader_made() {
-    for flags in [
-        &["-O1"][..],
-        &["-O1", "-Wl,-z,now", "-Wl,-z,pack-relative-relocs"],
-    ] {
+    for flags in [&["-O1"][..], &["-O1", "-Wl,-z,now", "-Wl,-z,pack-relative-relocs"]] {
         let dir = tempfile::tempdir().unwrap();
         let program = compile(dir.path(), "threads.c", flags);
         let mut target = Target::start(&program, &[]);
         target.attach();
         let (modules, memory) = (target.modules(), target.memory());
         let exe = modules.exe().unwrap();
-        for name in [
-            "names",
-            "chosen",
-            "pointer_to_global",
-            "zeroed",
-            "_IO_stdin_used",
-        ] {
+        for name in ["names", "chosen", "pointer_to_global", "zeroed", "_IO_stdin_used"] {
             let s = exe.elf.symbol(name).unwrap();
-            let i = exe
-                .elf
-                .initial_bytes(s.addr, s.size as usize, exe.bias)
-                .unwrap();
+            let i = exe.elf.initial_bytes(s.addr, s.size as usize, exe.bias).unwrap();
             assert_eq!(i.unknown, [], "{name}");
             assert_eq!(
                 i.bytes,
@@ -105,39 +72,16 @@ fn initial_bytes_are_what_the_loader_made() {
         assert!(!i.same_but_unknown(&8u64.to_le_bytes()));
         // A part of a relocated word.
         let s = exe.elf.symbol("pointer_to_global").unwrap();
-        let part = exe
-            .elf
-            .initial_bytes(LinkAddr(s.addr.0 + 3), 4, exe.bias)
-            .unwrap();
-        assert_eq!(
-            part.bytes,
-            memory.bytes(exe.addr(s.addr).add(3), 4).unwrap()
-        );
-        assert!(
-            exe.elf
-                .initial_bytes(LinkAddr(s.addr.0), 1 << 20, exe.bias)
-                .is_none()
-        );
+        let part = exe.elf.initial_bytes(LinkAddr(s.addr.0 + 3), 4, exe.bias).unwrap();
+        assert_eq!(part.bytes, memory.bytes(exe.addr(s.addr).add(3), 4).unwrap());
+        assert!(exe.elf.initial_bytes(LinkAddr(s.addr.0), 1 << 20, exe.bias).is_none());
         // Read-only memory of libc after relocation: everything but what other modules decide.
         let libc = modules.libc().unwrap();
-        for s in libc
-            .elf
-            .sections()
-            .iter()
-            .filter(|s| s.name == ".data.rel.ro" || s.name == ".rodata")
-        {
-            let i = libc
-                .elf
-                .initial_bytes(s.addr, s.size as usize, libc.bias)
-                .unwrap();
+        for s in libc.elf.sections().iter().filter(|s| s.name == ".data.rel.ro" || s.name == ".rodata") {
+            let i = libc.elf.initial_bytes(s.addr, s.size as usize, libc.bias).unwrap();
             let now = memory.bytes(libc.addr(s.addr), s.size as usize).unwrap();
             let same = i.bytes.iter().zip(&now).filter(|(a, b)| a == b).count();
-            assert!(
-                same * 100 >= now.len() * 95,
-                "{}: {same} of {}",
-                s.name,
-                now.len()
-            );
+            assert!(same * 100 >= now.len() * 95, "{}: {same} of {}", s.name, now.len());
             if s.name == ".rodata" {
                 assert!(i.same_but_unknown(&now));
             }
@@ -157,59 +101,25 @@ fn what_cannot_be_updated_is_named() {
         run("gcc", &args);
         ElfFile::open(out)
     };
-    let refusal =
-        |name: &str, flags: &[&str]| build(name, flags).unwrap().check_updatable().unwrap_err();
+    let refusal = |name: &str, flags: &[&str]| build(name, flags).unwrap().check_updatable().unwrap_err();
     build("good", &["-g"]).unwrap().check_updatable().unwrap();
-    build("good4", &["-g", "-gdwarf-4"])
-        .unwrap()
-        .check_updatable()
-        .unwrap();
-    build("packed", &["-g", "-gz=zlib"])
-        .unwrap()
-        .check_updatable()
-        .unwrap();
-    assert!(matches!(
-        refusal("nopie", &["-g", "-no-pie"]),
-        ElfError::NotPie { .. }
-    ));
-    assert!(matches!(
-        refusal("static", &["-g", "-static", "-no-pie"]),
-        ElfError::Static { .. }
-    ));
-    assert!(matches!(
-        refusal("staticpie", &["-g", "-static-pie"]),
-        ElfError::Static { .. }
-    ));
+    build("good4", &["-g", "-gdwarf-4"]).unwrap().check_updatable().unwrap();
+    build("packed", &["-g", "-gz=zlib"]).unwrap().check_updatable().unwrap();
+    assert!(matches!(refusal("nopie", &["-g", "-no-pie"]), ElfError::NotPie { .. }));
+    assert!(matches!(refusal("static", &["-g", "-static", "-no-pie"]), ElfError::Static { .. }));
+    assert!(matches!(refusal("staticpie", &["-g", "-static-pie"]), ElfError::Static { .. }));
     assert!(matches!(refusal("nodebug", &[]), ElfError::NoDwarf { .. }));
-    assert!(matches!(
-        refusal("old", &["-g", "-gdwarf-3"]),
-        ElfError::DwarfVersion { version: 3, .. }
-    ));
-    assert!(matches!(
-        refusal("library", &["-g", "-shared", "-fPIC"]),
-        ElfError::NotAProgram { .. }
-    ));
-    assert!(matches!(
-        refusal("object", &["-g", "-c"]),
-        ElfError::NotAProgram { .. }
-    ));
+    assert!(matches!(refusal("old", &["-g", "-gdwarf-3"]), ElfError::DwarfVersion { version: 3, .. }));
+    assert!(matches!(refusal("library", &["-g", "-shared", "-fPIC"]), ElfError::NotAProgram { .. }));
+    assert!(matches!(refusal("object", &["-g", "-c"]), ElfError::NotAProgram { .. }));
     let text = ElfFile::open(&source).unwrap_err();
     assert!(matches!(text, ElfError::NotElf { .. }) && text.to_string().contains("m.c"));
-    assert!(matches!(
-        ElfFile::open(dir.path().join("absent")),
-        Err(ElfError::Io { .. })
-    ));
+    assert!(matches!(ElfFile::open(dir.path().join("absent")), Err(ElfError::Io { .. })));
     let mut b = std::fs::read(dir.path().join("good")).unwrap();
     b[4] = 1;
-    assert!(matches!(
-        ElfFile::from_bytes("x", b.clone()),
-        Err(ElfError::Not64Bit { .. })
-    ));
+    assert!(matches!(ElfFile::from_bytes("x", b.clone()), Err(ElfError::Not64Bit { .. })));
     (b[4], b[18]) = (2, 183);
-    assert!(matches!(
-        ElfFile::from_bytes("x", b),
-        Err(ElfError::NotX8664 { machine: 183, .. })
-    ));
+    assert!(matches!(ElfFile::from_bytes("x", b), Err(ElfError::NotX8664 { machine: 183, .. })));
 }
 
 #[test]
@@ -218,25 +128,11 @@ fn debug_information_is_found_elsewhere() {
     let program = compile(dir.path(), "threads.c", &["-O1"]);
     let full = ElfFile::open(&program).unwrap();
     let at = |p: &std::path::Path| p.to_str().unwrap().to_owned();
-    let (debug, stripped) = (
-        dir.path().join("threads.debug"),
-        dir.path().join("stripped"),
-    );
-    run(
-        "objcopy",
-        &[
-            "--only-keep-debug",
-            "--compress-debug-sections=zlib",
-            &at(&program),
-            &at(&debug),
-        ],
-    );
+    let (debug, stripped) = (dir.path().join("threads.debug"), dir.path().join("stripped"));
+    run("objcopy", &["--only-keep-debug", "--compress-debug-sections=zlib", &at(&program), &at(&debug)]);
     run("objcopy", &["--strip-all", &at(&program), &at(&stripped)]);
     let bare = ElfFile::open_with_debug(&stripped, &DebugDirs::default()).unwrap();
-    assert!(matches!(
-        bare.check_updatable(),
-        Err(ElfError::NoDwarf { .. })
-    ));
+    assert!(matches!(bare.check_updatable(), Err(ElfError::NoDwarf { .. })));
     assert!(bare.symbol("serve").is_none());
     // By build-id.
     let id = full.build_id_hex();
@@ -246,28 +142,15 @@ fn debug_information_is_found_elsewhere() {
     let dirs = DebugDirs::with_user([dir.path().join("dbg")]);
     let found = ElfFile::open_with_debug(&stripped, &dirs).unwrap();
     found.check_updatable().unwrap();
-    assert_eq!(
-        found.symbol("serve").unwrap().addr,
-        full.symbol("serve").unwrap().addr
-    );
+    assert_eq!(found.symbol("serve").unwrap().addr, full.symbol("serve").unwrap().addr);
     let sections = |f: &ElfFile| f.section_data(".debug_info").unwrap().unwrap().into_owned();
     assert_eq!(sections(&found), sections(&full));
     // By .gnu_debuglink, in .debug beside the program.
     let linked = dir.path().join("linked");
-    run(
-        "objcopy",
-        &[
-            &format!("--add-gnu-debuglink={}", at(&debug)),
-            &at(&stripped),
-            &at(&linked),
-        ],
-    );
+    run("objcopy", &[&format!("--add-gnu-debuglink={}", at(&debug)), &at(&stripped), &at(&linked)]);
     std::fs::create_dir(dir.path().join(".debug")).unwrap();
     std::fs::rename(&debug, dir.path().join(".debug/threads.debug")).unwrap();
-    ElfFile::open_with_debug(&linked, &DebugDirs { dirs: vec![] })
-        .unwrap()
-        .check_updatable()
-        .unwrap();
+    ElfFile::open_with_debug(&linked, &DebugDirs { dirs: vec![] }).unwrap().check_updatable().unwrap();
     // A debug file of another build is not taken.
     let other = compile(dir.path(), "threads.c", &["-O2"]);
     std::fs::copy(other, dir.path().join(".debug/threads.debug")).unwrap();
@@ -281,27 +164,14 @@ fn exercise(bytes: Vec<u8>) {
         return;
     };
     let _ = f.check_updatable();
-    let _ = (
-        f.needed(),
-        f.soname(),
-        f.load_range(),
-        f.program_header_addr(),
-    );
+    let _ = (f.needed(), f.soname(), f.load_range(), f.program_header_addr());
     for s in f.sections().iter().take(64) {
         let _ = f.section_data(&s.name);
         let _ = f.section_kind(s.addr);
-        let _ = f.initial_bytes(
-            s.addr,
-            (s.size as usize).min(1 << 16),
-            Addr(0x5555_5555_4000),
-        );
+        let _ = f.initial_bytes(s.addr, (s.size as usize).min(1 << 16), Addr(0x5555_5555_4000));
     }
     for s in f.symbols().take(500) {
-        let _ = (
-            f.function_at(s.addr),
-            f.object_at(s.addr),
-            f.symbols_named(s.name).len(),
-        );
+        let _ = (f.function_at(s.addr), f.object_at(s.addr), f.symbols_named(s.name).len());
     }
     if let Some(t) = f.tls() {
         let _ = t.exe_offset();
@@ -311,12 +181,8 @@ fn exercise(bytes: Vec<u8>) {
 
 static PROGRAM: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::read(compile(
-        dir.path(),
-        "threads.c",
-        &["-O1", "-gz=zlib", "-Wl,-z,pack-relative-relocs"],
-    ))
-    .unwrap()
+    std::fs::read(compile(dir.path(), "threads.c", &["-O1", "-gz=zlib", "-Wl,-z,pack-relative-relocs"]))
+        .unwrap()
 });
 
 #[test]

@@ -1,9 +1,7 @@
 //! Damaged and hostile files: an error or the same content, never a panic, never unbounded memory.
 
 use mcr_image::proto::{EmbeddedFile, Meta, Patch, Process, Thread, Vma, VmaKind};
-use mcr_image::{
-    Addr, Image, ImageError, ImageWriter, Memory, PAGE, RecordKind, WriterOptions, export_core,
-};
+use mcr_image::{Addr, Image, ImageError, ImageWriter, Memory, PAGE, RecordKind, WriterOptions, export_core};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -28,54 +26,18 @@ fn good(compressed: bool) -> &'static [u8] {
         };
         let process = Process {
             pid: 1,
-            vmas: vec![
-                vma(0, 8, VmaKind::VmaAnonPrivate),
-                vma(8, 2, VmaKind::VmaFilePrivate),
-            ],
-            threads: vec![Thread {
-                tid: 1,
-                regs: vec![7; 27],
-                ..Default::default()
-            }],
+            vmas: vec![vma(0, 8, VmaKind::VmaAnonPrivate), vma(8, 2, VmaKind::VmaFilePrivate)],
+            threads: vec![Thread { tid: 1, regs: vec![7; 27], ..Default::default() }],
             ..Default::default()
         };
         let text: Vec<u8> = (0..3 * PAGE).map(|i| (i % 7) as u8).collect();
         let level = i32::from(compressed);
-        let mut w = ImageWriter::create_with(
-            &out,
-            WriterOptions {
-                level,
-                ..Default::default()
-            },
-        )
-        .unwrap();
-        w.put(
-            RecordKind::Meta,
-            &Meta {
-                hostname: "h".into(),
-                ..Default::default()
-            },
-        )
-        .unwrap();
+        let mut w = ImageWriter::create_with(&out, WriterOptions { level, ..Default::default() }).unwrap();
+        w.put(RecordKind::Meta, &Meta { hostname: "h".into(), ..Default::default() }).unwrap();
         w.put(RecordKind::Process, &process).unwrap();
-        w.file(
-            &EmbeddedFile {
-                key: "lib".into(),
-                ..Default::default()
-            },
-            &text[..500],
-        )
-        .unwrap();
-        w.put(
-            RecordKind::Patch,
-            &Patch {
-                new_path: "/new".into(),
-                ..Default::default()
-            },
-        )
-        .unwrap();
-        w.pages(Addr(BASE), &text[..if compressed { 3 } else { 1 } * PAGE])
-            .unwrap();
+        w.file(&EmbeddedFile { key: "lib".into(), ..Default::default() }, &text[..500]).unwrap();
+        w.put(RecordKind::Patch, &Patch { new_path: "/new".into(), ..Default::default() }).unwrap();
+        w.pages(Addr(BASE), &text[..if compressed { 3 } else { 1 } * PAGE]).unwrap();
         w.pages(Addr(BASE + 5 * PAGE as u64), &[0; PAGE]).unwrap();
         w.finish().unwrap();
         std::fs::read(out).unwrap()
@@ -90,17 +52,12 @@ fn exercise(image: &Image) -> Result<Vec<u8>, String> {
     let m = image.memory();
     for r in m.regions() {
         let len = r.end.since(r.start);
-        out.extend(
-            m.bytes(r.start, len.min(1 << 20) as usize)
-                .map_err(|x| e(&x))?,
-        );
+        out.extend(m.bytes(r.start, len.min(1 << 20) as usize).map_err(|x| e(&x))?);
         m.bytes(Addr(r.end.0 - 1), 1).map_err(|x| e(&x))?;
     }
     let mut sum = 0;
-    m.for_each_run(Addr(0), Addr(u64::MAX), &mut |_, b| sum += b.len())
-        .map_err(|x| e(&x))?;
-    m.for_each_stored(Addr(0), Addr(u64::MAX), &mut |_, _| sum += 1)
-        .map_err(|x| e(&x))?;
+    m.for_each_run(Addr(0), Addr(u64::MAX), &mut |_, b| sum += b.len()).map_err(|x| e(&x))?;
+    m.for_each_stored(Addr(0), Addr(u64::MAX), &mut |_, _| sum += 1).map_err(|x| e(&x))?;
     out.extend(sum.to_le_bytes());
     for f in image.files() {
         out.extend(image.file(&f.key).map_err(|x| e(&x))?.unwrap_or_default());
@@ -119,10 +76,8 @@ fn reseal(b: &mut [u8]) {
     while at + 40 <= end && b[at..].starts_with(b"MREC") {
         let desc = u32::from_le_bytes(b[at + 12..at + 16].try_into().unwrap()) as usize;
         let len = desc.saturating_add(le(b, at + 16));
-        if let Some(body) = len
-            .checked_add(40)
-            .and_then(|l| at.checked_add(l))
-            .and_then(|e| b.get(at + 40..e))
+        if let Some(body) =
+            len.checked_add(40).and_then(|l| at.checked_add(l)).and_then(|e| b.get(at + 40..e))
         {
             let crc = crc32fast::hash(body);
             put(b, at + 32, crc);
@@ -160,16 +115,7 @@ fn mutation() -> impl Strategy<Value = Mutation> {
         (at(), vec(any::<u8>(), 1..64)).prop_map(|(a, b)| Mutation::Insert(a, b)),
         (at(), 1usize..64).prop_map(|(a, b)| Mutation::Remove(a, b)),
         at().prop_map(Mutation::Truncate),
-        (
-            at(),
-            prop_oneof![
-                Just(u64::MAX),
-                Just(1 << 63),
-                Just(1 << 31),
-                Just(0),
-                any::<u64>()
-            ]
-        )
+        (at(), prop_oneof![Just(u64::MAX), Just(1 << 63), Just(1 << 31), Just(0), any::<u64>()])
             .prop_map(|(a, b)| Mutation::Word(a, b)),
     ]
 }
@@ -221,39 +167,26 @@ fn malice_is_survived() {
         failure_persistence: None,
         ..ProptestConfig::default()
     });
-    let result = runner.run(
-        &(any::<bool>(), vec(mutation(), 1..6)),
-        |(compressed, mutations)| {
-            let mut b = good(compressed).to_vec();
-            for m in &mutations {
-                apply(&mut b, m);
-                reseal(&mut b);
+    let result = runner.run(&(any::<bool>(), vec(mutation(), 1..6)), |(compressed, mutations)| {
+        let mut b = good(compressed).to_vec();
+        for m in &mutations {
+            apply(&mut b, m);
+            reseal(&mut b);
+        }
+        tried.set(tried.get() + 1);
+        if let Ok(image) = Image::from_bytes(b) {
+            opened.set(opened.get() + 1);
+            let _ = exercise(&image);
+            let _ = image.verify();
+            if image.memory().regions().iter().all(|r| r.end.since(r.start) < 1 << 20) {
+                let _ = export_core(&image, &mut std::io::sink());
             }
-            tried.set(tried.get() + 1);
-            if let Ok(image) = Image::from_bytes(b) {
-                opened.set(opened.get() + 1);
-                let _ = exercise(&image);
-                let _ = image.verify();
-                if image
-                    .memory()
-                    .regions()
-                    .iter()
-                    .all(|r| r.end.since(r.start) < 1 << 20)
-                {
-                    let _ = export_core(&image, &mut std::io::sink());
-                }
-            }
-            Ok(())
-        },
-    );
+        }
+        Ok(())
+    });
     result.unwrap();
     // Otherwise nothing but the index would be tested.
-    assert!(
-        opened.get() * 20 > tried.get(),
-        "{} of {} opened",
-        opened.get(),
-        tried.get()
-    );
+    assert!(opened.get() * 20 > tried.get(), "{} of {} opened", opened.get(), tried.get());
 }
 
 #[test]
@@ -268,10 +201,7 @@ fn resealing_alone_changes_nothing() {
 fn every_truncation_is_an_error_with_an_offset() {
     for n in 0..good(true).len() {
         let e = Image::from_bytes(&good(true)[..n]).unwrap_err();
-        assert!(
-            matches!(e, ImageError::Truncated { .. } | ImageError::Corrupt { .. }) || n == 0,
-            "{n}: {e}"
-        );
+        assert!(matches!(e, ImageError::Truncated { .. } | ImageError::Corrupt { .. }) || n == 0, "{n}: {e}");
     }
 }
 

@@ -9,11 +9,7 @@ use support::{Target, compile};
 
 /// gdb's backtraces: tid → function names ("??" where it has none), and pcs.
 fn gdb(pid: i32) -> BTreeMap<i32, Vec<(u64, String)>> {
-    let commands = [
-        "set pagination off",
-        "set print address on",
-        "set print frame-arguments none",
-    ];
+    let commands = ["set pagination off", "set print address on", "set print frame-arguments none"];
     let mut gdb = Command::new("gdb");
     gdb.args(["-q", "-nx", "-batch", "-p", &pid.to_string()]);
     for c in commands {
@@ -30,16 +26,10 @@ fn gdb(pid: i32) -> BTreeMap<i32, Vec<(u64, String)>> {
         let f: Vec<&str> = line.split(' ').collect();
         if f.first() == Some(&"FRAME") {
             let pc = u64::from_str_radix(f[2].trim_start_matches("0x"), 16).unwrap();
-            map.entry(f[1].parse().unwrap())
-                .or_default()
-                .push((pc, f[3].to_owned()));
+            map.entry(f[1].parse().unwrap()).or_default().push((pc, f[3].to_owned()));
         }
     }
-    assert!(
-        !map.is_empty(),
-        "gdb: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
+    assert!(!map.is_empty(), "gdb: {}", String::from_utf8_lossy(&out.stderr));
     map
 }
 
@@ -59,21 +49,12 @@ fn compare(flags: &[&str]) {
         let pcs: Vec<u64> = ours.frames.iter().map(|f| f.pc.0).collect();
         // gdb stops at main (and, in a thread, where we do).
         let at = |n: usize| pcs.get(n).map_or(0, |p| *p);
-        assert!(
-            want.iter().enumerate().all(|(n, w)| at(n) == w.0),
-            "{tid}: {:#?}\n{want:#x?}",
-            ours.frames
-        );
+        assert!(want.iter().enumerate().all(|(n, w)| at(n) == w.0), "{tid}: {:#?}\n{want:#x?}", ours.frames);
         for (f, (_, name)) in ours.frames.iter().zip(want).filter(|(f, _)| f.in_program()) {
             assert_eq!(f.base_name(), Some(base_name(name)));
         }
         for f in &ours.frames {
-            for (value, at) in f
-                .regs
-                .iter()
-                .zip(f.saved_at)
-                .filter_map(|(v, a)| Some((*v, a?)))
-            {
+            for (value, at) in f.regs.iter().zip(f.saved_at).filter_map(|(v, a)| Some((*v, a?))) {
                 assert_eq!(memory.u64(at).ok(), value, "saved register of {f}");
             }
         }
@@ -93,11 +74,7 @@ fn agrees_with_gdb_with_optimisation() {
 
 #[test]
 fn agrees_with_gdb_with_only_debug_frame() {
-    compare(&[
-        "-O2",
-        "-fno-asynchronous-unwind-tables",
-        "-fno-unwind-tables",
-    ]);
+    compare(&["-O2", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]);
 }
 
 #[test]
@@ -108,39 +85,24 @@ fn signatures_name_the_program_and_place_the_library() {
     target.attach();
     let (modules, memory) = (target.modules(), target.memory());
     let of = |tid: i32| unwind(&modules, &memory, &target.regs(tid)).signature();
-    let program_part = |tid| {
-        of(tid)
-            .into_iter()
-            .filter(|s| !s.contains('+'))
-            .collect::<Vec<_>>()
-    };
+    let program_part = |tid| of(tid).into_iter().filter(|s| !s.contains('+')).collect::<Vec<_>>();
     let tids = target.tids();
     assert_eq!(program_part(tids[0]), ["serve", "main", "_start"]);
     // poller() calls deep() last, so its frame may be gone.
     let mut deep = program_part(tids[1]);
     deep.retain(|n| n != "poller");
-    assert!(
-        !deep.is_empty() && deep.iter().all(|n| n == "deep"),
-        "{deep:?}"
-    );
+    assert!(!deep.is_empty() && deep.iter().all(|n| n == "deep"), "{deep:?}");
     assert_eq!(program_part(tids[2]), ["waiter"]);
     assert_eq!(program_part(tids[3]), ["compare", "sorter"]);
     assert_eq!(program_part(tids[4]), ["on_signal", "signalled"]);
-    assert!(
-        of(tids[0])[0].starts_with("libc.so.6+0x"),
-        "{:?}",
-        of(tids[0])
-    );
+    assert!(of(tids[0])[0].starts_with("libc.so.6+0x"), "{:?}", of(tids[0]));
 
     // The same stack in a second run, at other addresses.
     let mut again = Target::start(&program, &[]);
     again.attach();
     let (modules, memory) = (again.modules(), again.memory());
     for (a, b) in tids.iter().zip(again.tids()) {
-        assert_eq!(
-            of(*a),
-            unwind(&modules, &memory, &again.regs(b)).signature()
-        );
+        assert_eq!(of(*a), unwind(&modules, &memory, &again.regs(b)).signature());
     }
 }
 
@@ -152,8 +114,7 @@ fn modules_and_thread_locals_are_found() {
     target.attach();
     let (modules, memory) = (target.modules(), target.memory());
     let words: Vec<&str> = target.line.split_whitespace().collect();
-    let address =
-        |i: usize| Addr(u64::from_str_radix(words[i].trim_start_matches("0x"), 16).unwrap());
+    let address = |i: usize| Addr(u64::from_str_radix(words[i].trim_start_matches("0x"), 16).unwrap());
     let exe = modules.exe().unwrap();
     assert_eq!(exe.path, program.to_str().unwrap());
     assert_eq!(exe.symbol("counter"), Some(address(2)));
@@ -165,15 +126,7 @@ fn modules_and_thread_locals_are_found() {
             .vdso()
             .unwrap()
             .elf
-            .function_at(
-                modules
-                    .vdso()
-                    .unwrap()
-                    .elf
-                    .symbol("__vdso_time")
-                    .unwrap()
-                    .addr
-            )
+            .function_at(modules.vdso().unwrap().elf.symbol("__vdso_time").unwrap().addr)
             .is_some()
     );
     assert!(modules.libc().unwrap().symbol("malloc").is_some());
@@ -239,15 +192,8 @@ fn measure() {
     }
     for round in ["first", "again", "third"] {
         let t = Instant::now();
-        let n: usize = regs
-            .iter()
-            .map(|r| unwind(&modules, &memory, r).frames.len())
-            .sum();
-        println!(
-            "{round}: {} threads, {n} frames {:?}",
-            regs.len(),
-            t.elapsed()
-        );
+        let n: usize = regs.iter().map(|r| unwind(&modules, &memory, r).frames.len()).sum();
+        println!("{round}: {} threads, {n} frames {:?}", regs.len(), t.elapsed());
     }
     drop(vmas);
     if let Ok(big) = std::env::var("MCR_MEASURE_ELF") {
@@ -261,10 +207,7 @@ fn measure() {
         let n = f.symbols_named("main").len();
         println!("names {:?} {n}", t.elapsed());
         let t = Instant::now();
-        let n: usize = f
-            .symbols()
-            .filter(|s| f.function_at(s.addr).is_some())
-            .count();
+        let n: usize = f.symbols().filter(|s| f.function_at(s.addr).is_some()).count();
         println!("{n} lookups {:?}", t.elapsed());
         let (start, end) = f.load_range();
         let t = Instant::now();

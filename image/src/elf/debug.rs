@@ -12,9 +12,7 @@ pub struct DebugDirs {
 
 impl Default for DebugDirs {
     fn default() -> Self {
-        Self {
-            dirs: vec![PathBuf::from("/usr/lib/debug")],
-        }
+        Self { dirs: vec![PathBuf::from("/usr/lib/debug")] }
     }
 }
 
@@ -34,10 +32,7 @@ impl DebugDirs {
         };
         let rest: String = rest.iter().map(|b| format!("{b:02x}")).collect();
         let tail = format!("{first:02x}/{rest}.debug");
-        self.dirs
-            .iter()
-            .flat_map(|d| [d.join(".build-id").join(&tail), d.join(&tail)])
-            .collect()
+        self.dirs.iter().flat_map(|d| [d.join(".build-id").join(&tail), d.join(&tail)]).collect()
     }
 
     fn open(path: &Path, id: Option<&[u8]>) -> Option<ElfFile> {
@@ -53,10 +48,8 @@ impl DebugDirs {
         let mut candidates = id.map(|id| self.by_build_id(id)).unwrap_or_default();
         let link = section::data(elf, ".gnu_debuglink").ok().flatten();
         let mut crc = None;
-        if let Some(name) = link
-            .as_deref()
-            .and_then(|d| c_string(d, 0))
-            .and_then(|n| std::str::from_utf8(n).ok())
+        if let Some(name) =
+            link.as_deref().and_then(|d| c_string(d, 0)).and_then(|n| std::str::from_utf8(n).ok())
         {
             let at = (name.len() + 1).next_multiple_of(4);
             crc = link.as_deref().and_then(|d| half(d, at));
@@ -70,14 +63,11 @@ impl DebugDirs {
                 }
             }
         }
-        candidates
-            .iter()
-            .filter(|p| p.as_path() != elf.path())
-            .find_map(|p| {
-                let f = Self::open(p, id).filter(ElfFile::has_dwarf)?;
-                // Without a build-id the checksum of the link has to do.
-                (id.is_some() || crc == Some(crc32fast::hash(f.bytes()))).then_some(f)
-            })
+        candidates.iter().filter(|p| p.as_path() != elf.path()).find_map(|p| {
+            let f = Self::open(p, id).filter(ElfFile::has_dwarf)?;
+            // Without a build-id the checksum of the link has to do.
+            (id.is_some() || crc == Some(crc32fast::hash(f.bytes()))).then_some(f)
+        })
     }
 
     /// The supplementary file that dwz moved shared debug information to (`.gnu_debugaltlink`).
@@ -89,9 +79,6 @@ impl DebugDirs {
         let name = Path::new(std::str::from_utf8(name).ok()?);
         let holder = elf.companion().map_or(elf.path(), |c| c.path());
         let beside = holder.parent().map(|d| d.join(name));
-        beside
-            .into_iter()
-            .chain(self.by_build_id(id))
-            .find_map(|p| Self::open(&p, Some(id)))
+        beside.into_iter().chain(self.by_build_id(id)).find_map(|p| Self::open(&p, Some(id)))
     }
 }

@@ -51,9 +51,7 @@ pub enum ElfError {
         path: String,
     },
     /// No PT_INTERP.
-    #[error(
-        "{path} is statically linked; build it as a dynamically linked program (without -static)"
-    )]
+    #[error("{path} is statically linked; build it as a dynamically linked program (without -static)")]
     Static {
         /// The file.
         path: String,

@@ -115,13 +115,8 @@ fn dyn_symbol(file: &ElfFile, index: u32) -> Option<DynSym> {
 fn dyn_symbol_name(file: &ElfFile, index: u32) -> String {
     let name = || {
         let s = dyn_symbol(file, index)?;
-        let at = file
-            .dynamic_value(dynamic::DT_STRTAB)?
-            .checked_add(s.name.into())?;
-        Some(
-            String::from_utf8_lossy(c_string(file.bytes(), file.file_offset(LinkAddr(at))?)?)
-                .into_owned(),
-        )
+        let at = file.dynamic_value(dynamic::DT_STRTAB)?.checked_add(s.name.into())?;
+        Some(String::from_utf8_lossy(c_string(file.bytes(), file.file_offset(LinkAddr(at))?)?).into_owned())
     };
     name().unwrap_or_default()
 }
@@ -136,35 +131,23 @@ impl Relocations {
         let rela = table(dynamic::DT_RELA, dynamic::DT_RELASZ).unwrap_or(&[]);
         let plt = table(dynamic::DT_JMPREL, dynamic::DT_PLTRELSZ).unwrap_or(&[]);
         for e in rela.chunks_exact(24).chain(plt.chunks_exact(24)) {
-            let (Some(place), Some(info), Some(addend)) = (word(e, 0), word(e, 8), word(e, 16))
-            else {
+            let (Some(place), Some(info), Some(addend)) = (word(e, 0), word(e, 8), word(e, 16)) else {
                 continue;
             };
             let (kind, symbol) = (info as u32, (info >> 32) as u32);
-            let unknown = || Kind::Unknown {
-                why: kind,
-                symbol,
-                addend: addend as i64,
-            };
+            let unknown = || Kind::Unknown { why: kind, symbol, addend: addend as i64 };
             let defined = || {
                 let s = dyn_symbol(file, symbol)?;
                 // SHN_ABS symbols do not move with the file.
                 let absolute = s.section == 0xfff1;
                 let ok = s.section != 0 && s.kind != sym::STT_GNU_IFUNC && s.kind != sym::STT_TLS;
-                ok.then(|| s.value.wrapping_add(addend)).map(|v| {
-                    if absolute {
-                        Kind::Absolute(v)
-                    } else {
-                        Kind::Relative(v)
-                    }
-                })
+                ok.then(|| s.value.wrapping_add(addend))
+                    .map(|v| if absolute { Kind::Absolute(v) } else { Kind::Relative(v) })
             };
             let (size, what) = match kind {
                 reloc::R_X86_64_NONE => continue,
                 reloc::R_X86_64_RELATIVE => (8, Kind::Relative(addend)),
-                reloc::R_X86_64_64 | reloc::R_X86_64_GLOB_DAT => {
-                    (8, defined().unwrap_or_else(unknown))
-                }
+                reloc::R_X86_64_64 | reloc::R_X86_64_GLOB_DAT => (8, defined().unwrap_or_else(unknown)),
                 reloc::R_X86_64_COPY => (dyn_symbol(file, symbol).map_or(8, |s| s.size), unknown()),
                 reloc::R_X86_64_32 | reloc::R_X86_64_PC32 | reloc::R_X86_64_32S => (4, unknown()),
                 _ => (8, unknown()),
@@ -183,9 +166,8 @@ impl Relocations {
 /// RELR: an address, then bitmaps of the 63 words after it; the addend is the word in place.
 fn relr(file: &ElfFile, table: &[u8], entries: &mut Vec<(u64, u64, Kind)>) {
     let mut add = |place: u64| {
-        let value = file
-            .file_offset(LinkAddr(place))
-            .and_then(|o| word(file.bytes(), usize::try_from(o).ok()?));
+        let value =
+            file.file_offset(LinkAddr(place)).and_then(|o| word(file.bytes(), usize::try_from(o).ok()?));
         if let Some(value) = value {
             entries.push((place, 8, Kind::Relative(value)));
         }
@@ -197,20 +179,13 @@ fn relr(file: &ElfFile, table: &[u8], entries: &mut Vec<(u64, u64, Kind)>) {
             add(e);
             next = e.wrapping_add(8);
         } else {
-            (0..63)
-                .filter(|b| e >> (b + 1) & 1 == 1)
-                .for_each(|b| add(next.wrapping_add(b * 8)));
+            (0..63).filter(|b| e >> (b + 1) & 1 == 1).for_each(|b| add(next.wrapping_add(b * 8)));
             next = next.wrapping_add(63 * 8);
         }
     }
 }
 
-pub(super) fn initial_bytes(
-    file: &ElfFile,
-    start: LinkAddr,
-    len: usize,
-    bias: Addr,
-) -> Option<Initial> {
+pub(super) fn initial_bytes(file: &ElfFile, start: LinkAddr, len: usize, bias: Addr) -> Option<Initial> {
     let segment = file.segment_at(start)?;
     let end = start.0.checked_add(len as u64)?;
     if end > segment.end().0 {
@@ -223,9 +198,7 @@ pub(super) fn initial_bytes(
         bytes[..n as usize].copy_from_slice(range(file.bytes(), segment.file_offset + from, n)?);
     }
     let table = file.relocation_table();
-    let first = table
-        .entries
-        .partition_point(|e| e.0.saturating_add(table.longest) <= start.0);
+    let first = table.entries.partition_point(|e| e.0.saturating_add(table.longest) <= start.0);
     let mut unknown = Vec::new();
     for (place, size, what) in table.entries[first..].iter().take_while(|e| e.0 < end) {
         let to = place.saturating_add(*size).min(end);
@@ -237,17 +210,12 @@ pub(super) fn initial_bytes(
         let value = match what {
             Kind::Relative(v) => v.wrapping_add(bias.0),
             Kind::Absolute(v) => *v,
-            Kind::Unknown {
-                why,
-                symbol,
-                addend,
-            } => {
+            Kind::Unknown { why, symbol, addend } => {
                 let name = || dyn_symbol_name(file, *symbol);
                 let why = match *why {
-                    reloc::R_X86_64_64 | reloc::R_X86_64_GLOB_DAT => Unknown::Symbol {
-                        name: name(),
-                        addend: *addend,
-                    },
+                    reloc::R_X86_64_64 | reloc::R_X86_64_GLOB_DAT => {
+                        Unknown::Symbol { name: name(), addend: *addend }
+                    }
                     reloc::R_X86_64_COPY => Unknown::Copy { name: name() },
                     reloc::R_X86_64_JUMP_SLOT => Unknown::PltSlot { name: name() },
                     reloc::R_X86_64_IRELATIVE => Unknown::IFunc,
@@ -257,11 +225,7 @@ pub(super) fn initial_bytes(
                     | reloc::R_X86_64_TLSDESC => Unknown::Tls,
                     other => Unknown::Other(other),
                 };
-                unknown.push(UnknownWord {
-                    offset: part.start,
-                    size: part.len(),
-                    why,
-                });
+                unknown.push(UnknownWord { offset: part.start, size: part.len(), why });
                 continue;
             }
         };

@@ -83,10 +83,7 @@ impl TlsSegment {
     pub fn exe_offset(&self) -> u64 {
         let align = self.align.max(1);
         let first = self.vaddr.0.wrapping_neg() & (align - 1);
-        self.mem_size
-            .saturating_sub(first)
-            .next_multiple_of(align)
-            .saturating_add(first)
+        self.mem_size.saturating_sub(first).next_multiple_of(align).saturating_add(first)
     }
 }
 
@@ -112,12 +109,7 @@ pub struct ElfFile {
 
 impl fmt::Debug for ElfFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "ElfFile({}, build-id {})",
-            self.path.display(),
-            self.build_id_hex()
-        )
+        write!(f, "ElfFile({}, build-id {})", self.path.display(), self.build_id_hex())
     }
 }
 
@@ -127,15 +119,11 @@ pub(crate) fn range(data: &[u8], offset: u64, len: u64) -> Option<&[u8]> {
 }
 
 pub(crate) fn word(data: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(
-        data.get(at..at.checked_add(8)?)?.try_into().ok()?,
-    ))
+    Some(u64::from_le_bytes(data.get(at..at.checked_add(8)?)?.try_into().ok()?))
 }
 
 pub(crate) fn half(data: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(
-        data.get(at..at.checked_add(4)?)?.try_into().ok()?,
-    ))
+    Some(u32::from_le_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
 pub(crate) fn c_string(data: &[u8], offset: u64) -> Option<&[u8]> {
@@ -154,10 +142,7 @@ impl ElfFile {
     /// the search for companions use.
     pub fn open_as(path: impl AsRef<Path>, name: impl Into<PathBuf>) -> Result<Self, ElfError> {
         let path = path.as_ref();
-        let data = Map::elf(path).map_err(|source| ElfError::Io {
-            path: path.to_owned(),
-            source,
-        })?;
+        let data = Map::elf(path).map_err(|source| ElfError::Io { path: path.to_owned(), source })?;
         Self::from_shared(name, Arc::new(data))
     }
 
@@ -167,10 +152,7 @@ impl ElfFile {
     }
 
     /// Parses the content of a file; `path` is for messages and for finding companions.
-    pub fn from_bytes(
-        path: impl Into<PathBuf>,
-        bytes: impl Into<Vec<u8>>,
-    ) -> Result<Self, ElfError> {
+    pub fn from_bytes(path: impl Into<PathBuf>, bytes: impl Into<Vec<u8>>) -> Result<Self, ElfError> {
         Self::from_shared(path, Arc::new(bytes.into()))
     }
 
@@ -185,27 +167,16 @@ impl ElfFile {
         if bytes.get(header::EI_CLASS) == Some(&header::ELFCLASS32) {
             return Err(ElfError::Not64Bit { path: name });
         }
-        let bad = |what: String| ElfError::Malformed {
-            path: name.clone(),
-            what,
-        };
-        let head =
-            goblin::elf::Elf::parse_header(bytes).map_err(|e| bad(format!("header: {e}")))?;
+        let bad = |what: String| ElfError::Malformed { path: name.clone(), what };
+        let head = goblin::elf::Elf::parse_header(bytes).map_err(|e| bad(format!("header: {e}")))?;
         if head.e_ident[header::EI_CLASS] != header::ELFCLASS64 {
             return Err(bad(format!("class {}", head.e_ident[header::EI_CLASS])));
         }
-        if head.e_machine != header::EM_X86_64
-            || head.e_ident[header::EI_DATA] != header::ELFDATA2LSB
-        {
-            return Err(ElfError::NotX8664 {
-                path: name,
-                machine: head.e_machine,
-            });
+        if head.e_machine != header::EM_X86_64 || head.e_ident[header::EI_DATA] != header::ELFDATA2LSB {
+            return Err(ElfError::NotX8664 { path: name, machine: head.e_machine });
         }
-        let ctx = goblin::container::Ctx::new(
-            goblin::container::Container::Big,
-            goblin::container::Endian::Little,
-        );
+        let ctx =
+            goblin::container::Ctx::new(goblin::container::Container::Big, goblin::container::Endian::Little);
         let program_headers = match head.e_phnum {
             0 => Vec::new(),
             n => program_header::ProgramHeader::parse(bytes, head.e_phoff as usize, n.into(), ctx)
@@ -232,29 +203,18 @@ impl ElfFile {
             program_headers: Vec::new(),
         };
         // A companion (`objcopy --only-keep-debug`) keeps the program headers but not the content.
-        let debug_only = file
-            .section(".text")
-            .is_some_and(|s| s.sh_type == section_header::SHT_NOBITS);
+        let debug_only = file.section(".text").is_some_and(|s| s.sh_type == section_header::SHT_NOBITS);
         for ph in &program_headers {
             let outside = range(bytes, ph.p_offset, ph.p_filesz).is_none();
             match ph.p_type {
                 program_header::PT_LOAD => {
                     if !debug_only && outside {
-                        return Err(bad(format!(
-                            "segment at {:#x} lies outside of the file",
-                            ph.p_vaddr
-                        )));
+                        return Err(bad(format!("segment at {:#x} lies outside of the file", ph.p_vaddr)));
                     }
                     if ph.p_memsz < ph.p_filesz
-                        || ph
-                            .p_vaddr
-                            .checked_add(ph.p_memsz)
-                            .is_none_or(|e| e >> 47 != 0)
+                        || ph.p_vaddr.checked_add(ph.p_memsz).is_none_or(|e| e >> 47 != 0)
                     {
-                        return Err(bad(format!(
-                            "segment at {:#x} has a wrong size",
-                            ph.p_vaddr
-                        )));
+                        return Err(bad(format!("segment at {:#x} has a wrong size", ph.p_vaddr)));
                     }
                     file.segments.push(Segment {
                         vaddr: LinkAddr(ph.p_vaddr),
@@ -266,8 +226,7 @@ impl ElfFile {
                     });
                 }
                 program_header::PT_TLS => {
-                    if (!debug_only && outside) || ph.p_memsz < ph.p_filesz || ph.p_memsz >> 40 != 0
-                    {
+                    if (!debug_only && outside) || ph.p_memsz < ph.p_filesz || ph.p_memsz >> 40 != 0 {
                         return Err(bad("TLS segment has a wrong size".into()));
                     }
                     let align = ph.p_align.max(1);
@@ -317,25 +276,22 @@ impl ElfFile {
             .iter()
             .filter(|p| p.p_type == program_header::PT_NOTE)
             .map(|p| (p.p_offset, p.p_filesz, p.p_align));
-        in_sections
-            .chain(in_segments)
-            .find_map(|(offset, size, align)| {
-                let notes = range(self.bytes(), offset, size)?;
-                let pad = if align == 8 { 8 } else { 4 };
-                let mut at = 0usize;
-                loop {
-                    let (name_len, desc_len) =
-                        (half(notes, at)? as usize, half(notes, at + 4)? as usize);
-                    let kind = half(notes, at + 8)?;
-                    let name = notes.get(at + 12..(at + 12).checked_add(name_len)?)?;
-                    let desc_at = (at + 12 + name_len).next_multiple_of(pad);
-                    let desc = notes.get(desc_at..desc_at.checked_add(desc_len)?)?;
-                    if kind == 3 && name == b"GNU\0" && !desc.is_empty() && desc.len() <= 64 {
-                        return Some(desc.to_vec());
-                    }
-                    at = (desc_at + desc_len).next_multiple_of(pad);
+        in_sections.chain(in_segments).find_map(|(offset, size, align)| {
+            let notes = range(self.bytes(), offset, size)?;
+            let pad = if align == 8 { 8 } else { 4 };
+            let mut at = 0usize;
+            loop {
+                let (name_len, desc_len) = (half(notes, at)? as usize, half(notes, at + 4)? as usize);
+                let kind = half(notes, at + 8)?;
+                let name = notes.get(at + 12..(at + 12).checked_add(name_len)?)?;
+                let desc_at = (at + 12 + name_len).next_multiple_of(pad);
+                let desc = notes.get(desc_at..desc_at.checked_add(desc_len)?)?;
+                if kind == 3 && name == b"GNU\0" && !desc.is_empty() && desc.len() <= 64 {
+                    return Some(desc.to_vec());
                 }
-            })
+                at = (desc_at + desc_len).next_multiple_of(pad);
+            }
+        })
     }
 
     /// Where the file was read from (for messages and companions).
@@ -361,10 +317,9 @@ impl ElfFile {
     /// NT_GNU_BUILD_ID in hex, or "none".
     #[must_use]
     pub fn build_id_hex(&self) -> String {
-        self.build_id.as_ref().map_or_else(
-            || "none".into(),
-            |id| id.iter().map(|b| format!("{b:02x}")).collect(),
-        )
+        self.build_id
+            .as_ref()
+            .map_or_else(|| "none".into(), |id| id.iter().map(|b| format!("{b:02x}")).collect())
     }
     /// `e_entry`.
     #[must_use]
@@ -403,10 +358,7 @@ impl ElfFile {
     #[must_use]
     pub fn load_range(&self) -> (LinkAddr, LinkAddr) {
         let start = self.segments.first().map_or(0, |s| s.vaddr.0 & !4095);
-        let end = self
-            .segments
-            .last()
-            .map_or(0, |s| s.end().0.next_multiple_of(4096));
+        let end = self.segments.last().map_or(0, |s| s.end().0.next_multiple_of(4096));
         (LinkAddr(start), LinkAddr(end))
     }
     /// PT_TLS.
@@ -464,11 +416,8 @@ impl ElfFile {
     #[must_use]
     pub fn is_pie(&self) -> bool {
         const DF_1_PIE: u64 = 0x0800_0000;
-        let flag = self
-            .dynamic_value(dynamic::DT_FLAGS_1)
-            .is_some_and(|f| f & DF_1_PIE != 0);
-        self.e_type == header::ET_DYN
-            && (flag || (self.interp.is_some() && self.soname().is_none()))
+        let flag = self.dynamic_value(dynamic::DT_FLAGS_1).is_some_and(|f| f & DF_1_PIE != 0);
+        self.e_type == header::ET_DYN && (flag || (self.interp.is_some() && self.soname().is_none()))
     }
     /// All section headers.
     #[must_use]
@@ -507,9 +456,8 @@ impl ElfFile {
     #[must_use]
     pub fn has_dwarf(&self) -> bool {
         let own = |f: &Self| {
-            let there = |s: &Section| {
-                (s.name == ".debug_info" || s.name == ".zdebug_info") && s.has_content()
-            };
+            let there =
+                |s: &Section| (s.name == ".debug_info" || s.name == ".zdebug_info") && s.has_content();
             f.sections.iter().any(there)
         };
         own(self) || self.companion.as_deref().is_some_and(own)
@@ -524,48 +472,27 @@ impl ElfFile {
             header::ET_EXEC => return Err(ElfError::NotPie { path }),
             header::ET_DYN => {}
             header::ET_REL => {
-                return Err(ElfError::NotAProgram {
-                    path,
-                    what: "an object file",
-                });
+                return Err(ElfError::NotAProgram { path, what: "an object file" });
             }
             header::ET_CORE => {
-                return Err(ElfError::NotAProgram {
-                    path,
-                    what: "a core dump",
-                });
+                return Err(ElfError::NotAProgram { path, what: "a core dump" });
             }
             _ => {
-                return Err(ElfError::NotAProgram {
-                    path,
-                    what: "of an unknown ELF type",
-                });
+                return Err(ElfError::NotAProgram { path, what: "of an unknown ELF type" });
             }
         }
         if !self.is_pie() {
-            return Err(ElfError::NotAProgram {
-                path,
-                what: "a shared library",
-            });
+            return Err(ElfError::NotAProgram { path, what: "a shared library" });
         }
         if self.interp.is_none() {
             return Err(ElfError::Static { path });
         }
         if !self.has_dwarf() {
-            return Err(ElfError::NoDwarf {
-                path,
-                build_id: self.build_id_hex(),
-            });
+            return Err(ElfError::NoDwarf { path, build_id: self.build_id_hex() });
         }
         let info = self.section_data(".debug_info")?.unwrap_or_default();
-        let at = if half(&info, 0) == Some(u32::MAX) {
-            12
-        } else {
-            4
-        };
-        let version = info
-            .get(at..at + 2)
-            .map_or(0, |v| u16::from_le_bytes([v[0], v[1]]));
+        let at = if half(&info, 0) == Some(u32::MAX) { 12 } else { 4 };
+        let version = info.get(at..at + 2).map_or(0, |v| u16::from_le_bytes([v[0], v[1]]));
         if !(4..=5).contains(&version) {
             return Err(ElfError::DwarfVersion { path, version });
         }
@@ -611,8 +538,7 @@ impl ElfFile {
         initial::initial_bytes(self, link_addr, len, bias)
     }
     fn relocation_table(&self) -> &initial::Relocations {
-        self.relocations
-            .get_or_init(|| initial::Relocations::read(self))
+        self.relocations.get_or_init(|| initial::Relocations::read(self))
     }
     pub(crate) fn cfi(&self) -> &crate::unwind::CfiIndex {
         self.cfi.get_or_init(|| crate::unwind::CfiIndex::read(self))

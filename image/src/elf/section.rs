@@ -50,12 +50,8 @@ impl Section {
     /// Lies in memory and holds the address (TLS templates do not count).
     #[must_use]
     pub fn contains(&self, a: LinkAddr) -> bool {
-        let tls_bss =
-            self.flag(section_header::SHF_TLS) && self.sh_type == section_header::SHT_NOBITS;
-        self.flag(section_header::SHF_ALLOC)
-            && !tls_bss
-            && a >= self.addr
-            && a.0 - self.addr.0 < self.size
+        let tls_bss = self.flag(section_header::SHF_TLS) && self.sh_type == section_header::SHT_NOBITS;
+        self.flag(section_header::SHF_ALLOC) && !tls_bss && a >= self.addr && a.0 - self.addr.0 < self.size
     }
     /// What its bytes are.
     #[must_use]
@@ -119,8 +115,7 @@ pub(super) fn parse(
     if head.e_shoff == 0 {
         return Ok(Vec::new());
     }
-    let offset =
-        usize::try_from(head.e_shoff).map_err(|_| "section headers lie outside of the file")?;
+    let offset = usize::try_from(head.e_shoff).map_err(|_| "section headers lie outside of the file")?;
     let raw = section_header::SectionHeader::parse(bytes, offset, head.e_shnum.into(), ctx)
         .map_err(|e| format!("section headers at {offset:#x}: {e}"))?;
     let names = if u32::from(head.e_shstrndx) == section_header::SHN_XINDEX {
@@ -128,14 +123,10 @@ pub(super) fn parse(
     } else {
         usize::from(head.e_shstrndx)
     };
-    let names = raw
-        .get(names)
-        .and_then(|s| range(bytes, s.sh_offset, s.sh_size))
-        .unwrap_or(&[]);
+    let names = raw.get(names).and_then(|s| range(bytes, s.sh_offset, s.sh_size)).unwrap_or(&[]);
     let mut out = Vec::with_capacity(raw.len());
     for (i, s) in raw.iter().enumerate() {
-        let name =
-            String::from_utf8_lossy(c_string(names, s.sh_name as u64).unwrap_or(&[])).into_owned();
+        let name = String::from_utf8_lossy(c_string(names, s.sh_name as u64).unwrap_or(&[])).into_owned();
         let section = Section {
             name,
             index: i as u32,
@@ -150,10 +141,7 @@ pub(super) fn parse(
             entry_size: s.sh_entsize,
         };
         if i > 0 && section.has_content() && range(bytes, s.sh_offset, s.sh_size).is_none() {
-            return Err(format!(
-                "section {} ({i}) lies outside of the file",
-                section.name
-            ));
+            return Err(format!("section {} ({i}) lies outside of the file", section.name));
         }
         if section.addr.0.checked_add(section.size).is_none() {
             return Err(format!("section {} ({i}) has a wrong size", section.name));
@@ -175,10 +163,7 @@ pub(super) fn kind_at(file: &ElfFile, a: LinkAddr) -> SectionKind {
 
 pub(super) fn data<'a>(file: &'a ElfFile, name: &str) -> Result<Option<Cow<'a, [u8]>>, ElfError> {
     let bytes = file.bytes();
-    let bad = |what: String| ElfError::Malformed {
-        path: file.path.display().to_string(),
-        what,
-    };
+    let bad = |what: String| ElfError::Malformed { path: file.path.display().to_string(), what };
     if let Some(s) = file.section(name).filter(|s| s.has_content()) {
         let raw = range(bytes, s.offset, s.size).ok_or_else(|| bad(format!("section {name}")))?;
         if !s.flag(section_header::SHF_COMPRESSED) {
@@ -186,8 +171,7 @@ pub(super) fn data<'a>(file: &'a ElfFile, name: &str) -> Result<Option<Cow<'a, [
         }
         // Elf64_Chdr: type, reserved, size, alignment.
         let head = half(raw, 0).zip(word(raw, 8)).zip(raw.get(24..));
-        let ((kind, size), body) =
-            head.ok_or_else(|| bad(format!("compression header of {name}")))?;
+        let ((kind, size), body) = head.ok_or_else(|| bad(format!("compression header of {name}")))?;
         return match kind {
             1 => inflate(body, size)
                 .map(|v| Some(Cow::Owned(v)))
@@ -195,29 +179,20 @@ pub(super) fn data<'a>(file: &'a ElfFile, name: &str) -> Result<Option<Cow<'a, [
             2 => unzstd(body, size)
                 .map(|v| Some(Cow::Owned(v)))
                 .map_err(|e| bad(format!("section {name}: {e}"))),
-            k => Err(bad(format!(
-                "section {name}: compression type {k} is unknown"
-            ))),
+            k => Err(bad(format!("section {name}: compression type {k} is unknown"))),
         };
     }
     let Some(rest) = name.strip_prefix(".debug_") else {
         return Ok(None);
     };
-    let Some(s) = file
-        .section(&format!(".zdebug_{rest}"))
-        .filter(|s| s.has_content())
-    else {
+    let Some(s) = file.section(&format!(".zdebug_{rest}")).filter(|s| s.has_content()) else {
         return Ok(None);
     };
     let raw = range(bytes, s.offset, s.size).ok_or_else(|| bad(format!("section {}", s.name)))?;
-    let size = raw
-        .get(4..12)
-        .and_then(|b| b.try_into().ok())
-        .map(u64::from_be_bytes);
+    let size = raw.get(4..12).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes);
     match (raw.starts_with(b"ZLIB"), size) {
         (true, Some(size)) => {
-            let v =
-                inflate(&raw[12..], size).map_err(|e| bad(format!("section {}: {e}", s.name)))?;
+            let v = inflate(&raw[12..], size).map_err(|e| bad(format!("section {}: {e}", s.name)))?;
             Ok(Some(Cow::Owned(v)))
         }
         _ => Err(bad(format!("compression header of {}", s.name))),
@@ -230,9 +205,7 @@ fn read_exactly(from: impl Read, size: u64) -> Result<Vec<u8>, String> {
         return Err(format!("claims {size} bytes when decompressed"));
     }
     let mut out = Vec::with_capacity(size.min(64 << 20) as usize);
-    from.take(size)
-        .read_to_end(&mut out)
-        .map_err(|e| format!("does not decompress: {e}"))?;
+    from.take(size).read_to_end(&mut out).map_err(|e| format!("does not decompress: {e}"))?;
     if out.len() as u64 != size {
         return Err(format!("decompresses to {} bytes, not {size}", out.len()));
     }

@@ -90,10 +90,7 @@ const ENTRY: u64 = 24;
 impl SymbolTable {
     pub(super) fn read(file: &ElfFile) -> Self {
         let of = |f: &ElfFile, kind: u32| {
-            let s = f
-                .sections
-                .iter()
-                .find(|s| s.sh_type == kind && s.size >= ENTRY)?;
+            let s = f.sections.iter().find(|s| s.sh_type == kind && s.size >= ENTRY)?;
             let strings = f.sections.get(s.link as usize)?;
             (range(f.bytes(), s.offset, s.size).is_some()
                 && range(f.bytes(), strings.offset, strings.size).is_some())
@@ -102,11 +99,7 @@ impl SymbolTable {
         let companion = file.companion.as_deref();
         let found = of(file, section_header::SHT_SYMTAB)
             .map(|t| (false, t))
-            .or_else(|| {
-                companion
-                    .and_then(|c| of(c, section_header::SHT_SYMTAB))
-                    .map(|t| (true, t))
-            })
+            .or_else(|| companion.and_then(|c| of(c, section_header::SHT_SYMTAB)).map(|t| (true, t)))
             .or_else(|| of(file, section_header::SHT_DYNSYM).map(|t| (false, t)));
         let mut t = Self {
             companion: false,
@@ -146,9 +139,7 @@ impl SymbolTable {
                 // A label counts as code if its section does.
                 sym::STT_NOTYPE => {
                     let section = file.sections.get(usize::from(raw.section));
-                    if section
-                        .is_some_and(|s| s.flags & u64::from(section_header::SHF_EXECINSTR) != 0)
-                    {
+                    if section.is_some_and(|s| s.flags & u64::from(section_header::SHF_EXECINSTR) != 0) {
                         functions.push((raw, i as u32));
                     }
                 }
@@ -163,11 +154,8 @@ impl SymbolTable {
         self.by_name.get_or_init(|| {
             let defined = (0..self.count).filter_map(|i| {
                 let raw = self.raw(file, i)?;
-                let named =
-                    raw.section != 0 && raw.kind != sym::STT_SECTION && raw.kind != sym::STT_FILE;
-                let name = named
-                    .then(|| self.name(file, raw.name))
-                    .filter(|n| !n.is_empty())?;
+                let named = raw.section != 0 && raw.kind != sym::STT_SECTION && raw.kind != sym::STT_FILE;
+                let name = named.then(|| self.name(file, raw.name)).filter(|n| !n.is_empty())?;
                 Some((hash(name), i as u32))
             });
             let mut v: Vec<_> = defined.collect();
@@ -188,13 +176,7 @@ impl SymbolTable {
         let underscores = |n: &str| n.len() - n.trim_start_matches('_').len();
         let key = |r: &Raw| {
             let name = self.name(file, r.name);
-            (
-                r.size == 0,
-                r.kind == sym::STT_NOTYPE,
-                bind(r.bind),
-                underscores(name),
-                name,
-            )
+            (r.size == 0, r.kind == sym::STT_NOTYPE, bind(r.bind), underscores(name), name)
         };
         symbols.sort_unstable_by_key(|s| (s.0.value, s.1));
         let mut best: Vec<(Raw, u32)> = Vec::with_capacity(symbols.len());
@@ -217,8 +199,7 @@ impl SymbolTable {
                 // An unsized symbol reaches to the next one, at most to the end of its section.
                 let section = file.sections.get(usize::from(raw.section));
                 let limit = section.map_or(raw.value, |s| s.addr.0.saturating_add(s.size));
-                best.get(n + 1)
-                    .map_or(limit, |next| next.0.value.min(limit))
+                best.get(n + 1).map_or(limit, |next| next.0.value.min(limit))
             };
             inside = inside.max(end);
             out.push((raw.value, end, *i));
@@ -241,9 +222,7 @@ impl SymbolTable {
         if i >= self.count {
             return None;
         }
-        let at = usize::try_from(self.table.0)
-            .ok()?
-            .checked_add(i * ENTRY as usize)?;
+        let at = usize::try_from(self.table.0).ok()?.checked_add(i * ENTRY as usize)?;
         let e = self.data(file).get(at..at + ENTRY as usize)?;
         Some(Raw {
             name: half(e, 0)?,
@@ -257,9 +236,7 @@ impl SymbolTable {
 
     fn name<'a>(&self, file: &'a ElfFile, offset: u32) -> &'a str {
         let strings = range(self.data(file), self.strings.0, self.strings.1).unwrap_or(&[]);
-        c_string(strings, offset.into())
-            .and_then(|s| std::str::from_utf8(s).ok())
-            .unwrap_or("")
+        c_string(strings, offset.into()).and_then(|s| std::str::from_utf8(s).ok()).unwrap_or("")
     }
 
     pub(super) fn get<'a>(&self, file: &'a ElfFile, i: usize) -> Option<Symbol<'a>> {
@@ -272,12 +249,8 @@ impl SymbolTable {
         let source = match bind {
             Bind::Local => {
                 let n = self.files.partition_point(|f| f.0 as usize <= i);
-                let file_symbol = n
-                    .checked_sub(1)
-                    .and_then(|n| self.raw(file, self.files[n].1 as usize));
-                file_symbol
-                    .map(|r| self.name(file, r.name))
-                    .filter(|n| !n.is_empty())
+                let file_symbol = n.checked_sub(1).and_then(|n| self.raw(file, self.files[n].1 as usize));
+                file_symbol.map(|r| self.name(file, r.name)).filter(|n| !n.is_empty())
             }
             _ => None,
         };
@@ -303,9 +276,7 @@ impl SymbolTable {
         let (names, h) = (self.names(file), hash(name));
         let first = names.partition_point(|n| n.0 < h);
         let same = names[first..].iter().take_while(|n| n.0 == h);
-        same.filter_map(|n| self.get(file, n.1 as usize))
-            .filter(|s| s.name == name)
-            .collect()
+        same.filter_map(|n| self.get(file, n.1 as usize)).filter(|s| s.name == name).collect()
     }
 
     pub(super) fn function_at<'a>(&self, file: &'a ElfFile, a: LinkAddr) -> Option<Symbol<'a>> {
@@ -330,10 +301,5 @@ struct Raw {
 /// The entry with the greatest start that holds the address (symbols may nest, rarely and not deep).
 fn covering(entries: &[(u64, u64, u32)], a: LinkAddr) -> Option<u32> {
     let n = entries.partition_point(|e| e.0 <= a.0);
-    entries[..n]
-        .iter()
-        .rev()
-        .take(32)
-        .find(|e| a.0 < e.1)
-        .map(|e| e.2)
+    entries[..n].iter().rev().take(32).find(|e| a.0 < e.1).map(|e| e.2)
 }

@@ -97,11 +97,7 @@ impl Frame {
         proto::Frame {
             pc: self.pc.0,
             cfa: self.cfa.0,
-            module: self
-                .module
-                .as_ref()
-                .map(|m| m.name().to_owned())
-                .unwrap_or_default(),
+            module: self.module.as_ref().map(|m| m.name().to_owned()).unwrap_or_default(),
             function: self.function.clone().unwrap_or_default(),
             offset: self.offset,
             in_program: self.in_program(),
@@ -249,10 +245,7 @@ impl From<gimli::Error> for Stop {
 /// Unwinds a thread from its registers.
 #[must_use]
 pub fn unwind(modules: &ModuleMap, memory: &dyn Memory, regs: &Regs) -> Unwound {
-    let memory = Pages {
-        memory,
-        pages: RefCell::new(Vec::new()),
-    };
+    let memory = Pages { memory, pages: RefCell::new(Vec::new()) };
     let mut frames: Vec<Frame> = Vec::new();
     let mut regs = regs.dwarf().map(Some);
     let mut saved_at = [None; 17];
@@ -260,89 +253,49 @@ pub fn unwind(modules: &ModuleMap, memory: &dyn Memory, regs: &Regs) -> Unwound 
     loop {
         let pc = Addr(regs[RA].unwrap_or(0));
         if pc.0 == 0 && !frames.is_empty() {
-            return Unwound {
-                frames,
-                end: End::Bottom,
-            };
+            return Unwound { frames, end: End::Bottom };
         }
-        let lookup_pc = if interrupted {
-            pc
-        } else {
-            Addr(pc.0.wrapping_sub(1))
-        };
+        let lookup_pc = if interrupted { pc } else { Addr(pc.0.wrapping_sub(1)) };
         let module = modules.find(lookup_pc).cloned();
-        let row = module
-            .as_ref()
-            .and_then(|m| m.elf.cfi().row(&m.elf, m.link(lookup_pc)));
-        frames.push(make_frame(
-            pc,
-            lookup_pc,
-            module,
-            regs,
-            saved_at,
-            row.as_deref(),
-        ));
+        let row = module.as_ref().and_then(|m| m.elf.cfi().row(&m.elf, m.link(lookup_pc)));
+        frames.push(make_frame(pc, lookup_pc, module, regs, saved_at, row.as_deref()));
         let last = frames.len() - 1;
         let Some(m) = frames[last].module.clone() else {
-            return Unwound {
-                frames,
-                end: End::NoModule(pc),
-            };
+            return Unwound { frames, end: End::NoModule(pc) };
         };
         let Some(row) = row else {
-            let end = End::NoCfi {
-                module: m.name().to_owned(),
-                offset: m.link(pc),
-            };
+            let end = End::NoCfi { module: m.name().to_owned(), offset: m.link(pc) };
             return Unwound { frames, end };
         };
         let cfa = match cfa(&row, &regs, &memory) {
             Ok(v) => v,
             Err(e) => {
-                return Unwound {
-                    frames,
-                    end: stopped(e),
-                };
+                return Unwound { frames, end: stopped(e) };
             }
         };
         frames[last].cfa = Addr(cfa);
         // A signal may have switched to an alternate stack; a call never leads inwards.
         let before = last.checked_sub(1).map(|i| &frames[i]);
         if before.is_some_and(|b| !b.signal && !row.signal && cfa <= b.cfa.0) {
-            return Unwound {
-                frames,
-                end: End::Loop(Addr(cfa)),
-            };
+            return Unwound { frames, end: End::Loop(Addr(cfa)) };
         }
         if matches!(row.rules[RA], Rule::Undefined | Rule::Unspecified) {
-            return Unwound {
-                frames,
-                end: End::Bottom,
-            };
+            return Unwound { frames, end: End::Bottom };
         }
         match caller(&row, cfa, &regs, &saved_at, &memory) {
             Ok((r, s)) => {
                 if r[RA] == regs[RA] && r[RSP] == regs[RSP] {
-                    return Unwound {
-                        frames,
-                        end: End::Loop(Addr(cfa)),
-                    };
+                    return Unwound { frames, end: End::Loop(Addr(cfa)) };
                 }
                 (regs, saved_at) = (r, s);
             }
             Err(e) => {
-                return Unwound {
-                    frames,
-                    end: stopped(e),
-                };
+                return Unwound { frames, end: stopped(e) };
             }
         }
         interrupted = row.signal;
         if frames.len() >= MAX_DEPTH {
-            return Unwound {
-                frames,
-                end: End::TooDeep,
-            };
+            return Unwound { frames, end: End::TooDeep };
         }
     }
 }
@@ -420,10 +373,7 @@ fn caller(
             Rule::Same => keep,
             Rule::At(n) => at(cfa.wrapping_add_signed(*n))?,
             Rule::Value(n) => (Some(cfa.wrapping_add_signed(*n)), None),
-            Rule::Register(r) => (
-                regs.get(*r).copied().flatten(),
-                saved_at.get(*r).copied().flatten(),
-            ),
+            Rule::Register(r) => (regs.get(*r).copied().flatten(), saved_at.get(*r).copied().flatten()),
             Rule::AtExpression(e) => at(evaluate(e, Some(cfa), regs, memory)?)?,
             Rule::ValueExpression(e) => (Some(evaluate(e, Some(cfa), regs, memory)?), None),
             Rule::Constant(v) => (Some(*v), None),
@@ -442,11 +392,7 @@ fn evaluate(
     regs: &[Option<u64>; 17],
     memory: &Pages<'_>,
 ) -> Result<u64, Stop> {
-    let encoding = gimli::Encoding {
-        address_size: 8,
-        format: gimli::Format::Dwarf32,
-        version: 5,
-    };
+    let encoding = gimli::Encoding { address_size: 8, format: gimli::Format::Dwarf32, version: 5 };
     let mut e = Evaluation::new(EndianSlice::new(code, LittleEndian), encoding);
     e.set_max_iterations(1000);
     if let Some(v) = initial {
@@ -460,9 +406,7 @@ fn evaluate(
                 let word = if size == 8 {
                     memory.word(Addr(address))?
                 } else {
-                    let bytes = memory
-                        .memory
-                        .bytes(Addr(address), usize::from(size.min(8)))?;
+                    let bytes = memory.memory.bytes(Addr(address), usize::from(size.min(8)))?;
                     bytes.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b))
                 };
                 e.resume_with_memory(Value::Generic(word))?
@@ -473,9 +417,7 @@ fn evaluate(
                 e.resume_with_register(Value::Generic(v))?
             }
             _ => {
-                return Err(Stop::Rule(
-                    "an operation that call frame information may not use".into(),
-                ));
+                return Err(Stop::Rule("an operation that call frame information may not use".into()));
             }
         };
     }

@@ -19,9 +19,7 @@ pub fn base_name(name: &str) -> &str {
         let numbered = !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit());
         let suffix = head.rsplit_once('.').filter(|(h, _)| !h.is_empty());
         match suffix {
-            Some((h, "part" | "isra" | "constprop" | "lto_priv" | "llvm" | "cold")) if numbered => {
-                rest = h
-            }
+            Some((h, "part" | "isra" | "constprop" | "lto_priv" | "llvm" | "cold")) if numbered => rest = h,
             _ => return rest,
         }
     }

@@ -13,22 +13,10 @@ use std::sync::Arc;
 /// Compiles a program of `tests/programs`.
 pub fn compile(dir: &Path, source: &str, flags: &[&str]) -> PathBuf {
     let out = dir.join(source.trim_end_matches(".c"));
-    let from = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/programs")
-        .join(source);
-    let run = Command::new("gcc")
-        .args(["-g", "-pthread"])
-        .args(flags)
-        .arg("-o")
-        .arg(&out)
-        .arg(from)
-        .output();
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(source);
+    let run = Command::new("gcc").args(["-g", "-pthread"]).args(flags).arg("-o").arg(&out).arg(from).output();
     let run = run.expect("gcc is needed");
-    assert!(
-        run.status.success(),
-        "{}",
-        String::from_utf8_lossy(&run.stderr)
-    );
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     out
 }
 
@@ -44,11 +32,7 @@ pub struct ProcMem(std::fs::File);
 impl Memory for ProcMem {
     fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
         let r = self.0.read_exact_at(buf, addr.0);
-        r.map_err(|source| MemoryError::Io {
-            addr,
-            len: buf.len(),
-            source,
-        })
+        r.map_err(|source| MemoryError::Io { addr, len: buf.len(), source })
     }
     fn regions(&self) -> Vec<Region> {
         Vec::new()
@@ -58,37 +42,25 @@ impl Memory for ProcMem {
 impl Target {
     /// Starts the program and waits for its first line.
     pub fn start(program: &Path, args: &[&str]) -> Self {
-        let mut child = Command::new(program)
-            .args(args)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = Command::new(program).args(args).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap())
-            .read_line(&mut line)
-            .unwrap();
-        Self {
-            child,
-            line,
-            attached: false,
-        }
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        Self { child, line, attached: false }
     }
     pub fn pid(&self) -> i32 {
         self.child.id() as i32
     }
     pub fn tids(&self) -> Vec<i32> {
         let dir = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        let mut v: Vec<i32> = dir
-            .map(|e| e.unwrap().file_name().to_str().unwrap().parse().unwrap())
-            .collect();
+        let mut v: Vec<i32> =
+            dir.map(|e| e.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
         v.sort_unstable();
         v
     }
     /// Waits until every thread sleeps in a call.
     pub fn settle(&self) {
         let asleep = |tid: i32| {
-            let s =
-                std::fs::read_to_string(format!("/proc/{}/task/{tid}/stat", self.pid())).unwrap();
+            let s = std::fs::read_to_string(format!("/proc/{}/task/{tid}/stat", self.pid())).unwrap();
             s.rsplit(") ").next().unwrap().starts_with('S')
         };
         while !self.tids().into_iter().all(asleep) {
@@ -150,10 +122,7 @@ impl Target {
     }
     pub fn vmas(&self) -> Vec<proto::Vma> {
         let mut text = String::new();
-        std::fs::File::open(format!("/proc/{}/maps", self.pid()))
-            .unwrap()
-            .read_to_string(&mut text)
-            .unwrap();
+        std::fs::File::open(format!("/proc/{}/maps", self.pid())).unwrap().read_to_string(&mut text).unwrap();
         text.lines().map(vma).collect()
     }
     pub fn modules(&self) -> ModuleMap {
@@ -168,8 +137,7 @@ fn vma(line: &str) -> proto::Vma {
     let (start, end) = f[0].split_once('-').unwrap();
     let hex = |s| u64::from_str_radix(s, 16).unwrap();
     let p = f[1].as_bytes();
-    let prot =
-        u32::from(p[0] == b'r') | u32::from(p[1] == b'w') << 1 | u32::from(p[2] == b'x') << 2;
+    let prot = u32::from(p[0] == b'r') | u32::from(p[1] == b'w') << 1 | u32::from(p[2] == b'x') << 2;
     let (major, minor) = f[3].split_once(':').unwrap();
     let name = f.get(5).copied().unwrap_or("").to_owned();
     let mut v = proto::Vma {
@@ -209,7 +177,7 @@ struct Garbage;
 impl Memory for Garbage {
     fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
         for (i, b) in buf.iter_mut().enumerate() {
-            *b = (addr.0 as usize + i) as u8 ^ 0x5a;
+            *b = (addr.0 as usize).wrapping_add(i) as u8 ^ 0x5a;
         }
         Ok(())
     }
@@ -243,12 +211,7 @@ pub fn unwind_offline(file: ElfFile) {
     for s in file.segments().iter().filter(|s| s.flags & 1 != 0) {
         for i in 0..200 {
             let rip = bias + s.vaddr.0 + i * (s.mem_size / 200).max(1);
-            let regs = Regs {
-                rip,
-                rsp: 0x7fff_0000,
-                rbp: 0x7fff_0100,
-                ..Regs::default()
-            };
+            let regs = Regs { rip, rsp: 0x7fff_0000, rbp: 0x7fff_0100, ..Regs::default() };
             let _ = mcr_image::unwind(&modules, &Garbage, &regs);
         }
     }
