@@ -2,7 +2,23 @@
 //! function over memory views: no process is touched.
 
 pub mod input;
+pub mod malloc;
+mod malloc_check;
 mod output;
+pub mod overlay;
 
 pub use input::{BootEpoll, BootFrame, BootModule, Booted, FdMatch, NewThread, Span};
 pub use output::{KernelCall, LinkStats, MemWrite, Refusal, RegWrite, WriteList};
+
+use mcr_image::proto;
+
+/// A finding of this step.
+fn finding(severity: proto::Severity, code: &str, message: String, path: &str) -> proto::Finding {
+    proto::Finding {
+        severity: severity as i32,
+        code: code.to_owned(),
+        message,
+        path: path.to_owned(),
+        ..proto::Finding::default()
+    }
+}
