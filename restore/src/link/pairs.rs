@@ -1,0 +1,424 @@
+//! Which start-up object of the new version is which object of the old one: a walk of both, in parallel, in
+//! the new version's types, from the same roots. Old memory is seen with the patch laid over it, so both
+//! sides have the new layout.
+
+use super::input::Span;
+use mcr_image::{Addr, Memory};
+use mcr_transform::heap::GlibcHeap;
+use mcr_transform::types::{Type, TypeId, TypeModel};
+use std::collections::{HashMap, HashSet, VecDeque};
+
+/// How much a path says. Smaller is stronger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Evidence {
+    /// Through named members from a root.
+    Direct,
+    /// Through an element of an array: the same index.
+    Array,
+    /// Through a pointer of a type to itself: the order of a list may be a race.
+    List,
+    /// Words at the same offset of two untyped chunks.
+    Opaque,
+}
+
+/// A value on one side of the walk.
+#[derive(Clone, Copy, Debug)]
+pub enum Side<'a> {
+    /// In memory.
+    At(Addr),
+    /// Bytes that are not in place yet (a global's value in the patch), from an offset on.
+    In(&'a [u8], usize),
+}
+
+impl Side<'_> {
+    fn add(self, n: u64) -> Self {
+        match self {
+            Self::At(a) => Self::At(a.add(n)),
+            Self::In(b, o) => Self::In(b, o + n as usize),
+        }
+    }
+    fn word(self, mem: &dyn Memory) -> Option<u64> {
+        match self {
+            Self::At(a) => mem.u64(a).ok(),
+            Self::In(b, o) => Some(u64::from_le_bytes(b.get(o..o + 8)?.try_into().ok()?)),
+        }
+    }
+}
+
+/// One reason to believe that two objects are the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// What to add to a native address to get the old one.
+    pub delta: u64,
+    /// An address on the old side.
+    pub old: Addr,
+    /// How much it says.
+    pub evidence: Evidence,
+    /// From a root.
+    pub path: String,
+}
+
+/// What the candidates of one native chunk come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// One answer.
+    Paired(Candidate),
+    /// The strongest evidence disagrees with itself.
+    Contradiction(Candidate, Candidate),
+    /// Nothing is known.
+    Unknown,
+}
+
+/// A synchronisation object that lies in a native chunk and in its old counterpart.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SyncPair {
+    /// The native one.
+    pub native: Addr,
+    /// The old one.
+    pub old: Addr,
+    /// Its size.
+    pub size: u64,
+    /// From a root.
+    pub path: String,
+}
+
+/// An upper bound on what is walked; a graph of start-up objects is far smaller.
+const MAX_STEPS: usize = 4_000_000;
+/// Largest untyped chunk that is compared word by word.
+const MAX_OPAQUE: u64 = 1 << 20;
+
+/// The walk and what it found.
+pub struct Pairs<'a> {
+    types: &'a TypeModel,
+    /// The host with the patch laid over retained memory.
+    view: &'a dyn Memory,
+    /// Chunks that the new version's start-up made.
+    native_heap: &'a GlibcHeap,
+    /// Chunks of the old version.
+    old_heap: &'a GlibcHeap,
+    /// Fresh memory with moved objects.
+    regions: Vec<Span>,
+    recursive: HashMap<TypeId, bool>,
+    seen: HashSet<(u64, u64, TypeId)>,
+    queue: VecDeque<(TypeId, Addr, Addr, String, Evidence)>,
+    candidates: HashMap<u64, Vec<Candidate>>,
+    by_old: HashMap<u64, Vec<(Addr, Evidence)>>,
+    syncs: Vec<SyncPair>,
+    sync_seen: HashSet<(u64, u64)>,
+    steps: usize,
+}
+
+impl<'a> Pairs<'a> {
+    /// No roots yet.
+    #[must_use]
+    pub fn new(
+        types: &'a TypeModel,
+        view: &'a dyn Memory,
+        native_heap: &'a GlibcHeap,
+        old_heap: &'a GlibcHeap,
+        regions: Vec<Span>,
+    ) -> Self {
+        Self {
+            types,
+            view,
+            native_heap,
+            old_heap,
+            regions,
+            recursive: HashMap::new(),
+            seen: HashSet::new(),
+            queue: VecDeque::new(),
+            candidates: HashMap::new(),
+            by_old: HashMap::new(),
+            syncs: Vec::new(),
+            sync_seen: HashSet::new(),
+            steps: 0,
+        }
+    }
+
+    /// Walks a root: a variable that exists on both sides. `own`: it belongs to one thread (a local, a
+    /// thread-local), so even a list node it points at is this thread's.
+    pub fn root(&mut self, ty: TypeId, native: Side<'_>, old: Side<'_>, path: &str, own: bool) {
+        self.value(ty, native, old, path, Evidence::Direct, own);
+        self.run();
+    }
+
+    /// Two words that must mean the same: an epoll watch's data, an argument of the same blocking call.
+    pub fn words(&mut self, native: u64, old: u64, path: &str, evidence: Evidence) {
+        self.pointer(TypeId::VOID, native, old, path, evidence);
+        self.run();
+    }
+
+    fn run(&mut self) {
+        while let Some((ty, native, old, path, evidence)) = self.queue.pop_front() {
+            self.value(ty, Side::At(native), Side::At(old), &path, evidence, false);
+        }
+    }
+
+    fn value(
+        &mut self,
+        ty: TypeId,
+        native: Side<'_>,
+        old: Side<'_>,
+        path: &str,
+        ev: Evidence,
+        own: bool,
+    ) {
+        self.steps += 1;
+        if self.steps > MAX_STEPS {
+            return;
+        }
+        let types = self.types;
+        if types.sync_kind(ty).is_some() {
+            if let (Side::At(n), Side::At(o)) = (native, old)
+                && self.native_heap.find(n).is_some_and(|c| c.state.in_use())
+                && self.sync_seen.insert((n.0, o.0))
+            {
+                let size = types.size_of(ty);
+                self.syncs.push(SyncPair {
+                    native: n,
+                    old: o,
+                    size,
+                    path: path.to_owned(),
+                });
+            }
+            return;
+        }
+        match types.strip(ty) {
+            Type::Pointer(to) => {
+                let (Some(n), Some(o)) = (native.word(self.view), old.word(self.view)) else {
+                    return;
+                };
+                let ev = if !own && self.is_recursive(*to) {
+                    ev.max(Evidence::List)
+                } else {
+                    ev
+                };
+                self.pointer(*to, n, o, path, ev);
+            }
+            Type::Record(r) if r.kind == mcr_transform::types::RecordKind::Struct => {
+                for m in &r.members {
+                    if m.bits.is_some() {
+                        continue;
+                    }
+                    let sep = if path.is_empty() || path.ends_with("->") {
+                        ""
+                    } else {
+                        "."
+                    };
+                    let p = m
+                        .name
+                        .as_ref()
+                        .map_or_else(|| path.to_owned(), |n| format!("{path}{sep}{n}"));
+                    self.value(m.ty, native.add(m.offset), old.add(m.offset), &p, ev, own);
+                }
+            }
+            Type::Record(r) => {
+                // A union: words that are addresses on both sides are evidence, but weak.
+                for i in 0..r.size / 8 {
+                    let (n, o) = (native.add(8 * i), old.add(8 * i));
+                    if let (Some(n), Some(o)) = (n.word(self.view), o.word(self.view)) {
+                        self.pointer(TypeId::VOID, n, o, path, ev.max(Evidence::Opaque));
+                    }
+                }
+            }
+            Type::Array {
+                element,
+                count: Some(count),
+            } => {
+                let size = types.size_of(*element);
+                if size == 0 || !self.has_pointers(*element) {
+                    return;
+                }
+                for i in 0..(*count).min(1 << 20) {
+                    let p = format!("{path}[{i}]");
+                    let at = i * size;
+                    self.value(
+                        *element,
+                        native.add(at),
+                        old.add(at),
+                        &p,
+                        ev.max(Evidence::Array),
+                        own,
+                    );
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn pointer(&mut self, to: TypeId, native: u64, old: u64, path: &str, ev: Evidence) {
+        if native == 0 || old == 0 || native == old {
+            return;
+        }
+        let Some(n) = self.native_heap.find(Addr(native)).copied() else {
+            return;
+        };
+        if !n.state.in_use() || !self.is_old_object(Addr(old)) {
+            return;
+        }
+        let delta = old.wrapping_sub(native);
+        let list = self.candidates.entry(n.addr.0).or_default();
+        match list.iter_mut().find(|c| c.delta == delta) {
+            Some(c) if c.evidence <= ev => {}
+            Some(c) => {
+                c.evidence = ev;
+                path.clone_into(&mut c.path);
+            }
+            None => list.push(Candidate {
+                delta,
+                old: Addr(old),
+                evidence: ev,
+                path: path.to_owned(),
+            }),
+        }
+        let back = self.by_old.entry(n.addr.0.wrapping_add(delta)).or_default();
+        if !back.contains(&(n.addr, ev)) {
+            back.push((n.addr, ev));
+        }
+        if !self.seen.insert((native, old, self.types.resolve(to))) {
+            return;
+        }
+        let size = self.types.size_of(to);
+        if size > 0 && size <= n.end().since(Addr(native)) {
+            self.queue
+                .push_back((to, Addr(native), Addr(old), format!("{path}->"), ev));
+            // Behind the first object: more of its kind, or something else. Same offset, weak.
+            self.opaque(n.end(), native + size, delta, path, ev);
+        } else if size == 0 {
+            self.opaque(n.end(), native, delta, path, ev);
+        }
+    }
+
+    /// Words at the same offset of two chunks of the same size.
+    fn opaque(&mut self, end: Addr, from: u64, delta: u64, path: &str, ev: Evidence) {
+        let from = (from + 7) & !7;
+        let len = end.0.saturating_sub(from);
+        let Some(o) = self.old_heap.find(Addr(from.wrapping_add(delta))) else {
+            return;
+        };
+        if len < 8 || len > MAX_OPAQUE || o.end().0 != end.0.wrapping_add(delta) {
+            return;
+        }
+        let len = (len & !7) as usize;
+        let (Ok(n), Ok(o)) = (
+            self.view.bytes(Addr(from), len),
+            self.view.bytes(Addr(from.wrapping_add(delta)), len),
+        ) else {
+            return;
+        };
+        let word = |b: &[u8]| u64::from_le_bytes(b.try_into().unwrap_or_default());
+        for (i, (n, o)) in n.chunks_exact(8).zip(o.chunks_exact(8)).enumerate() {
+            let (n, o) = (word(n), word(o));
+            if n != 0 && o != 0 && n != o && self.native_heap.find(Addr(n)).is_some() {
+                self.pointer(
+                    TypeId::VOID,
+                    n,
+                    o,
+                    &format!("{path}->+{:#x}", 8 * i),
+                    ev.max(Evidence::Opaque),
+                );
+            }
+        }
+    }
+
+    fn is_old_object(&self, a: Addr) -> bool {
+        self.old_heap.find(a).is_some_and(|c| c.state.in_use())
+            || self.regions.iter().any(|r| r.contains(a))
+    }
+
+    /// The record has a pointer to its own kind.
+    fn is_recursive(&mut self, to: TypeId) -> bool {
+        let to = self.types.resolve(to);
+        if let Some(&known) = self.recursive.get(&to) {
+            return known;
+        }
+        let found = self.points_to(to, to, 0);
+        self.recursive.insert(to, found);
+        found
+    }
+
+    fn points_to(&self, ty: TypeId, target: TypeId, depth: u32) -> bool {
+        if depth > 8 {
+            return false;
+        }
+        match self.types.strip(ty) {
+            Type::Record(r) => r.members.iter().any(|m| match self.types.strip(m.ty) {
+                Type::Pointer(to) => self.types.resolve(*to) == target,
+                _ => self.points_to(m.ty, target, depth + 1),
+            }),
+            Type::Array { element, .. } => match self.types.strip(*element) {
+                Type::Pointer(to) => self.types.resolve(*to) == target,
+                _ => self.points_to(*element, target, depth + 1),
+            },
+            _ => false,
+        }
+    }
+
+    fn has_pointers(&self, ty: TypeId) -> bool {
+        match self.types.strip(ty) {
+            Type::Pointer(_) | Type::Record(_) => true,
+            Type::Array { element, .. } => self.has_pointers(*element),
+            _ => false,
+        }
+    }
+
+    /// What is known about the native chunk that starts at `chunk`.
+    #[must_use]
+    pub fn verdict(&self, chunk: Addr) -> Verdict {
+        let Some(list) = self.candidates.get(&chunk.0) else {
+            return Verdict::Unknown;
+        };
+        let best = list
+            .iter()
+            .map(|c| c.evidence)
+            .min()
+            .unwrap_or(Evidence::Opaque);
+        let mut strongest = list.iter().filter(|c| c.evidence == best);
+        let Some(first) = strongest.next() else {
+            return Verdict::Unknown;
+        };
+        if let Some(other) = strongest.next() {
+            return Verdict::Contradiction(first.clone(), other.clone());
+        }
+        // The same old object claimed by another start-up object with evidence at least as strong.
+        let mine = chunk.0.wrapping_add(first.delta);
+        let rival = self
+            .by_old
+            .get(&mine)
+            .into_iter()
+            .flatten()
+            .find(|(n, ev)| *n != chunk && *ev <= best);
+        if let Some((n, ev)) = rival {
+            let path = self
+                .candidates
+                .get(&n.0)
+                .and_then(|l| l.iter().find(|c| n.0.wrapping_add(c.delta) == mine))
+                .map_or_else(String::new, |c| c.path.clone());
+            let other = Candidate {
+                delta: first.delta,
+                old: *n,
+                evidence: *ev,
+                path,
+            };
+            return Verdict::Contradiction(first.clone(), other);
+        }
+        Verdict::Paired(first.clone())
+    }
+
+    /// Native chunks with any evidence, ascending.
+    #[must_use]
+    pub fn chunks(&self) -> Vec<Addr> {
+        let mut v: Vec<Addr> = self.candidates.keys().map(|&a| Addr(a)).collect();
+        v.sort();
+        v
+    }
+
+    /// Synchronisation objects inside paired chunks.
+    pub fn syncs(&self) -> impl Iterator<Item = &SyncPair> {
+        self.syncs.iter().filter(|s| {
+            self.native_heap.find(s.native).is_some_and(|c| {
+                matches!(self.verdict(c.addr), Verdict::Paired(p) if s.native.0.wrapping_add(p.delta) == s.old.0)
+            })
+        })
+    }
+}
