@@ -110,6 +110,7 @@ pub fn by_descriptor(
 
 /// Joins the lists: old's streams first, then those of new's that no old one takes over. `paired` says
 /// what a native stream became.
+#[allow(clippy::too_many_arguments)]
 pub fn adopt(
     syms: &StreamSymbols,
     old: &dyn Memory,

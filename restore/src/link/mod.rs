@@ -1,23 +1,554 @@
 //! From a booted host and a patch to the list of writes that joins them. Everything in here is a pure
 //! function over memory views: no process is touched.
+//!
+//! Order: the patch is laid over the host's memory; the start-up objects of the new version are paired with
+//! old objects by a parallel walk; globals, thread-locals, locals and relocations take their values; words
+//! of surviving native memory are redirected; libc's streams and malloc are joined; the invariants are
+//! checked over the result.
 
 pub mod globals;
 pub mod input;
+pub mod invariants;
 pub mod kernel;
 pub mod libc;
 pub mod locals;
 pub mod malloc;
 mod malloc_check;
 mod output;
-
 pub mod overlay;
 pub mod pairs;
+pub mod redirect;
+mod scan;
 pub mod state;
 
 pub use input::{BootEpoll, BootFrame, BootModule, Booted, FdMatch, NewThread, Span};
 pub use output::{KernelCall, LinkStats, MemWrite, Refusal, RegWrite, WriteList};
 
-use mcr_image::proto;
+use mcr_image::unwind::{Frame, unwind};
+use mcr_image::{Addr, ElfFile, Memory, ModuleMap, Tid, proto};
+use mcr_transform::heap::GlibcHeap;
+use mcr_transform::types::TypeModel;
+use overlay::Overlay;
+use pairs::{Evidence, Pairs, Side};
+use redirect::Redirect;
+use state::{State, Target};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// Everything that `link` looks at.
+pub struct LinkInput<'a> {
+    /// What the update changes.
+    pub patch: &'a proto::Patch,
+    /// The old process.
+    pub process: &'a proto::Process,
+    /// Its memory, unpatched, with libc's data as old left it.
+    pub old: &'a dyn Memory,
+    /// Its modules.
+    pub old_modules: &'a ModuleMap,
+    /// Types of the old program; without them a lost local is not noticed.
+    pub old_types: Option<&'a TypeModel>,
+    /// The booted host.
+    pub booted: &'a Booted,
+    /// The host's memory as booted.
+    pub host: &'a dyn Memory,
+    /// The host's modules.
+    pub modules: &'a ModuleMap,
+    /// Types of the new program.
+    pub types: &'a TypeModel,
+    /// The new program.
+    pub new_elf: &'a ElfFile,
+}
+
+/// The write list that makes the booted host old's successor, or why there is none.
+pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
+    let (patch, process, booted) = (input.patch, input.process, input.booted);
+    let mut findings = Vec::new();
+    invariants::patch_is_closed(patch)?;
+    invariants::threads(process, booted)?;
+    invariants::modules(input.old_modules, booted, &mut findings)?;
+
+    let mut calls = Vec::new();
+    let regions = map_regions(patch, booted, &mut calls)?;
+    let mut view = Overlay::new(input.host);
+    lay_patch(patch, &mut view);
+    let mut out = Overlay::new(input.host);
+    lay_patch(patch, &mut out);
+
+    let old_heap = GlibcHeap::read(input.old, &process.threads, &process.vmas)
+        .map_err(|e| heap_refusal("old", &e.to_string()))?;
+    let native_threads = heap_threads(booted);
+    let native_heap = GlibcHeap::read(input.host, &native_threads, &native_vmas(booted))
+        .map_err(|e| heap_refusal("new", &e.to_string()))?;
+
+    let frames: Vec<(Tid, Vec<Frame>)> = booted
+        .threads
+        .iter()
+        .map(|t| (t.tid, unwind(input.modules, input.host, &t.regs).frames))
+        .collect();
+    let sites = locals::Sites::read(input.types, input.host, booted.new_base, &frames);
+    let layout = globals::Layout {
+        booted,
+        tls_offset: input.new_elf.tls().map_or(0, |t| t.exe_offset()),
+        sites: &sites,
+        old_pid: process.pid,
+    };
+    let moved: HashMap<u64, u64> = patch
+        .objects
+        .iter()
+        .filter(|o| o.moved)
+        .map(|o| (o.old_addr, o.addr))
+        .collect();
+    let translate_old = |a: u64| moved.get(&a).copied().unwrap_or(a);
+    let streams = input
+        .old_modules
+        .libc()
+        .and_then(|m| libc::StreamSymbols::find(|n| m.symbol(n)));
+
+    let mut pairs = Pairs::new(input.types, &view, &native_heap, &old_heap, regions.clone());
+    walk(
+        input,
+        &layout,
+        &sites,
+        &translate_old,
+        streams.as_ref(),
+        &mut pairs,
+    )?;
+
+    let mut state = State {
+        out,
+        regs: booted
+            .threads
+            .iter()
+            .map(|t| (t.tid, t.regs))
+            .collect::<BTreeMap<_, _>>(),
+        set: BTreeSet::new(),
+        findings,
+        stats: LinkStats::default(),
+    };
+    for c in pairs.chunks() {
+        if let pairs::Verdict::Paired(p) = pairs.verdict(c) {
+            state.stats.pairs += 1;
+            state.stats.strong_pairs += usize::from(p.evidence == Evidence::Direct);
+        }
+    }
+
+    scan::library_data(input, &mut state);
+    let tls = globals::write(patch, &layout, &mut state)?;
+    let thread_for = |old: u32| booted.thread_for(Tid(old as i32)).map(|t| t.tid);
+    let is_heap = |a: u64| old_heap.find(Addr(a)).is_some_and(|c| c.state.in_use());
+    let local_targets = locals::write(patch, &sites, input.types, thread_for, is_heap, &mut state);
+    globals::relocate(patch, &layout, &local_targets, &tls, &mut state)?;
+    syncs(input, &pairs, &mut state);
+
+    // malloc first: the words it sets in thread blocks must not be taken for start-up objects.
+    let heap_info = match &patch.heap {
+        Some(h) if h.main_arena != 0 && !h.tcaches.is_empty() => h.clone(),
+        _ => old_heap.info(),
+    };
+    let libc_module = input.old_modules.libc();
+    let merge = malloc::MallocInput {
+        heap: &heap_info,
+        booted,
+        old: input.old,
+        host: input.host,
+        libc_data: libc_module.map_or_else(Vec::new, |m| scan::writable(booted, m.start, m.end)),
+        curbrk: libc_module.and_then(|m| m.symbol("__curbrk")),
+        region_bytes: patch
+            .regions
+            .iter()
+            .filter(|r| r.malloc_chunks)
+            .map(|r| r.content.len() as u64)
+            .sum(),
+    };
+    let heap_used = heap_info.main_arena != 0 && !old_heap.arenas.is_empty();
+    if heap_used {
+        malloc::merge(&merge, &mut state.out, &mut state.findings)?;
+    }
+
+    let mut redirect = Redirect::new(&pairs, &native_heap, &old_heap, input.host, &regions);
+    if let Some(syms) = &streams {
+        let s = libc::adopt(
+            syms,
+            input.old,
+            input.host,
+            booted,
+            |f| redirect.translate(f.0).map(Addr),
+            |f| Addr(translate_old(f.0)),
+            &mut state.out,
+            &mut state.findings,
+        )?;
+        state.stats.files = s.adopted.len();
+    } else {
+        state.find(
+            proto::Severity::Warning,
+            "libc-streams",
+            "libc's stream list was not found: open FILEs of the old version are not flushed at exit".into(),
+            "",
+        );
+    }
+    let in_old = scan::old_variables(input);
+    scan::threads(input, &frames, &sites, &in_old, &mut redirect, &mut state)?;
+    scan::program_data(input, &mut redirect, &mut state)?;
+    scan::other_data(input, &native_heap, &mut redirect, &mut state)?;
+    redirect.follow(&mut state)?;
+
+    kernel::epolls(
+        process,
+        patch,
+        booted,
+        |r| layout.value(r).map(|v| v.0),
+        |w| redirect.translate(w),
+        &mut calls,
+        &mut state.findings,
+    )?;
+    kernel::itimers(process, &mut calls);
+    kernel::differences(process, booted, &mut state.findings);
+
+    let written = written_ranges(patch, &layout, &tls, &local_targets);
+    if let Some(exe) = input.old_modules.exe() {
+        invariants::no_old_program((exe.start, exe.end), booted, &state.out, &written)?;
+    }
+    invariants::moved_set_is_closed(patch, &state.out, &written)?;
+    if heap_used {
+        let mut vmas = booted.vmas.clone();
+        scan::add_regions(&mut vmas, &regions);
+        GlibcHeap::read(&state.out, &native_threads, &vmas)
+            .map_err(|e| heap_refusal("joined", &e.to_string()))?;
+    }
+    Ok(finish(input, state, calls))
+}
+
+fn finish(input: &LinkInput<'_>, state: State<'_>, calls: Vec<KernelCall>) -> WriteList {
+    let State {
+        out,
+        regs,
+        mut findings,
+        mut stats,
+        ..
+    } = state;
+    let memory = out.into_writes();
+    stats.bytes = memory.iter().map(|w| w.bytes.len()).sum();
+    let registers = input
+        .booted
+        .threads
+        .iter()
+        .filter_map(|t| {
+            regs.get(&t.tid)
+                .filter(|r| **r != t.regs)
+                .map(|r| RegWrite {
+                    tid: t.tid,
+                    regs: *r,
+                })
+        })
+        .collect();
+    if stats.stale_words > 0 {
+        findings.push(finding(
+            proto::Severity::Info,
+            "stale-words",
+            format!(
+                "{} stack words that no variable owns point at unpaired start-up objects",
+                stats.stale_words
+            ),
+            "",
+        ));
+    }
+    WriteList {
+        memory,
+        registers,
+        calls,
+        findings,
+        stats,
+    }
+}
+
+fn heap_refusal(whose: &str, why: &str) -> Refusal {
+    Refusal::new(
+        "malloc",
+        format!("the {whose} version's heap cannot be read: {why}"),
+        "only glibc's malloc is understood; run the server with it, or report this with the image",
+    )
+}
+
+/// Checks that the patch's fresh memory is there, or asks for it.
+fn map_regions(
+    patch: &proto::Patch,
+    booted: &Booted,
+    calls: &mut Vec<KernelCall>,
+) -> Result<Vec<Span>, Refusal> {
+    let mut spans = Vec::new();
+    for r in &patch.regions {
+        let span = Span::new(
+            Addr(r.start),
+            Addr((r.start + r.content.len() as u64 + 4095) & !4095),
+        );
+        let hit: u64 = booted
+            .vmas
+            .iter()
+            .map(|v| {
+                v.end
+                    .min(span.end.0)
+                    .saturating_sub(v.start.max(span.start.0))
+            })
+            .sum();
+        if hit == 0 {
+            calls.push(KernelCall::Map {
+                start: span.start,
+                len: span.len(),
+            });
+        } else if hit < span.len() || booted.is_retained(span.start) {
+            return Err(Refusal::new(
+                "region",
+                format!(
+                    "the place for moved objects at {} is taken in the new version",
+                    span.start
+                ),
+                "make the update image again; it will choose another place",
+            ));
+        }
+        spans.push(span);
+    }
+    Ok(spans)
+}
+
+fn lay_patch(patch: &proto::Patch, to: &mut Overlay<'_>) {
+    for r in &patch.regions {
+        to.write(Addr(r.start), &r.content);
+    }
+    for w in &patch.writes {
+        to.write(Addr(w.addr), &w.content);
+    }
+}
+
+/// The new threads as the heap reader wants them.
+fn heap_threads(booted: &Booted) -> Vec<proto::Thread> {
+    let thread = |t: &NewThread| proto::Thread {
+        tid: t.tid.0 as u32,
+        fs_base: t.fs_base.0,
+        regs: t.regs.to_words(),
+        ..proto::Thread::default()
+    };
+    booted.threads.iter().map(thread).collect()
+}
+
+/// Mappings, cut to what the boot made: old's heap must not be taken for new's.
+fn native_vmas(booted: &Booted) -> Vec<proto::Vma> {
+    let mut out = Vec::new();
+    for v in &booted.vmas {
+        for s in &booted.native {
+            let (start, end) = (v.start.max(s.start.0), v.end.min(s.end.0));
+            if start < end {
+                let mut part = v.clone();
+                part.file_offset += start - v.start;
+                (part.start, part.end) = (start, end);
+                out.push(part);
+            }
+        }
+    }
+    out.sort_by_key(|v| v.start);
+    out
+}
+
+/// Feeds every root to the walk.
+fn walk(
+    input: &LinkInput<'_>,
+    layout: &globals::Layout<'_>,
+    sites: &locals::Sites,
+    translate_old: &impl Fn(u64) -> u64,
+    streams: Option<&libc::StreamSymbols>,
+    pairs: &mut Pairs<'_>,
+) -> Result<(), Refusal> {
+    let (patch, booted) = (input.patch, input.booted);
+    for v in &patch.locals {
+        let Some(t) = booted.thread_for(Tid(v.old_tid as i32)) else {
+            continue;
+        };
+        let Some(site) = sites.find(t.tid, v.frame, &v.function, &v.variable) else {
+            continue;
+        };
+        let path = format!("{}::{}", v.function, v.variable);
+        let live = match site.target {
+            Some(Target::Memory(_)) => None,
+            _ => site.local.bytes(input.types, input.host),
+        };
+        let native = match (&site.target, &live) {
+            (Some(Target::Memory(a)), _) => Side::At(*a),
+            (_, Some(b)) => Side::In(b, 0),
+            _ => continue,
+        };
+        pairs.root(site.local.ty, native, Side::In(&v.content, 0), &path, true);
+    }
+    for v in &patch.tls {
+        let at = layout.tls(v.old_tid, v.new_tls_offset, &v.name)?;
+        let Some(var) = input
+            .types
+            .globals_named(&v.name)
+            .find(|g| g.place.tls() == Some(v.new_tls_offset))
+        else {
+            continue;
+        };
+        pairs.root(var.ty, Side::At(at), Side::In(&v.content, 0), &v.name, true);
+    }
+    for g in &patch.globals {
+        let link = Some(mcr_image::LinkAddr(g.new_link_addr));
+        let Some(var) = input
+            .types
+            .globals_named(&g.name)
+            .find(|v| v.place.link() == link)
+        else {
+            continue;
+        };
+        let name = if g.function.is_empty() {
+            g.name.clone()
+        } else {
+            format!("{}::{}", g.function, g.name)
+        };
+        pairs.root(
+            var.ty,
+            Side::At(layout.global(g.new_link_addr)),
+            Side::In(&g.content, 0),
+            &name,
+            false,
+        );
+    }
+    for e in &booted.epolls {
+        let Some(old_fd) = e.old_fd else { continue };
+        let old = kernel::old_watches(input.process, old_fd);
+        for w in &e.watches {
+            let number = booted
+                .fds
+                .iter()
+                .find(|m| m.new_fd.0 as u32 == w.fd)
+                .map_or(w.fd, |m| m.old_fd.0 as u32);
+            let Some(o) = old.iter().find(|o| o.fd == number) else {
+                continue;
+            };
+            let change = patch
+                .epoll
+                .iter()
+                .find(|c| c.epoll_fd == old_fd.0 as u32 && c.fd == o.fd && c.old_data == o.data);
+            let data = change.map_or(translate_old(o.data), |c| {
+                if c.reloc.is_some() { 0 } else { c.new_data }
+            });
+            let path = format!("epoll {}: data of fd {}", e.fd, w.fd);
+            pairs.words(w.data, data, &path, Evidence::Direct);
+        }
+    }
+    for t in &booted.threads {
+        let Some(old) = t.old_tid else { continue };
+        let Some(call) = input
+            .process
+            .threads
+            .iter()
+            .find(|o| o.tid == old.0 as u32)
+            .and_then(|o| o.syscall.as_ref())
+        else {
+            continue;
+        };
+        for (i, (n, o)) in t
+            .args
+            .iter()
+            .zip(&call.args)
+            .take(scan::arguments(t.syscall))
+            .enumerate()
+        {
+            let name = mcr_image::syscalls::name(t.syscall).unwrap_or("call");
+            pairs.words(
+                *n,
+                translate_old(*o),
+                &format!("thread {}: argument {i} of {name}", t.tid),
+                Evidence::Direct,
+            );
+        }
+    }
+    if let Some(syms) = streams {
+        for (n, o, fd) in libc::by_descriptor(input.old, input.host, syms) {
+            pairs.words(
+                n.0,
+                translate_old(o.0),
+                &format!("FILE on fd {fd}"),
+                Evidence::Array,
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Synchronisation objects keep new's bytes where there is a native one; a lock in old memory that has
+/// none gets its owner translated.
+fn syncs(input: &LinkInput<'_>, pairs: &Pairs<'_>, state: &mut State<'_>) {
+    let mut done = BTreeSet::new();
+    for s in pairs.syncs() {
+        if let Ok(bytes) = input.host.bytes(s.native, s.size as usize) {
+            state.out.write(s.old, &bytes);
+            done.insert(s.old.0);
+        }
+    }
+    for s in &input.patch.syncs {
+        if !s.locked || done.contains(&s.addr) || input.host.bytes(Addr(s.addr), 16).is_err() {
+            continue;
+        }
+        let owner = input.booted.thread_for(Tid(s.owner_tid as i32));
+        if let (Some(t), true) = (owner, s.type_name.contains("mutex")) {
+            state.out.write(Addr(s.addr + 8), &t.tid.0.to_le_bytes());
+        }
+        state.find(
+            proto::Severity::Warning,
+            "lock-held",
+            format!(
+                "{} at {:#x} was held by thread {} and stays so",
+                s.type_name, s.addr, s.owner_tid
+            ),
+            &s.path,
+        );
+    }
+}
+
+/// What the invariants look at: everything that took bytes from the patch.
+fn written_ranges(
+    patch: &proto::Patch,
+    layout: &globals::Layout<'_>,
+    tls: &[Addr],
+    locals: &[Option<Target>],
+) -> Vec<(Addr, u64, String)> {
+    let mut v = Vec::new();
+    for g in &patch.globals {
+        v.push((
+            layout.global(g.new_link_addr),
+            g.content.len() as u64,
+            format!("global {}", g.name),
+        ));
+    }
+    for (t, at) in patch.tls.iter().zip(tls) {
+        v.push((
+            *at,
+            t.content.len() as u64,
+            format!("thread-local {}", t.name),
+        ));
+    }
+    for (l, at) in patch.locals.iter().zip(locals) {
+        if let Some(Target::Memory(a)) = at {
+            v.push((
+                *a,
+                l.content.len() as u64,
+                format!("local {}::{}", l.function, l.variable),
+            ));
+        }
+    }
+    for r in &patch.regions {
+        v.push((
+            Addr(r.start),
+            r.content.len() as u64,
+            "moved objects".to_owned(),
+        ));
+    }
+    for w in &patch.writes {
+        v.push((
+            Addr(w.addr),
+            w.content.len() as u64,
+            "a re-laid-out object".to_owned(),
+        ));
+    }
+    v
+}
 
 /// A finding of this step.
 fn finding(severity: proto::Severity, code: &str, message: String, path: &str) -> proto::Finding {

@@ -296,7 +296,7 @@ impl<'a> Pairs<'a> {
         let Some(o) = self.old_heap.find(Addr(from.wrapping_add(delta))) else {
             return;
         };
-        if len < 8 || len > MAX_OPAQUE || o.end().0 != end.0.wrapping_add(delta) {
+        if !(8..=MAX_OPAQUE).contains(&len) || o.end().0 != end.0.wrapping_add(delta) {
             return;
         }
         let len = (len & !7) as usize;
