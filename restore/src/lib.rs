@@ -1,5 +1,6 @@
 //! From image to process: rebuild, boot, link, apply, transaction.
 
+pub mod apply;
 pub mod boot;
 pub mod fds;
 pub mod keeper;

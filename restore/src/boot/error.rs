@@ -17,34 +17,18 @@ pub struct Where {
 
 impl std::fmt::Display for Where {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let call = if self.call.is_empty() {
-            "computing"
-        } else {
-            &self.call
-        };
-        let stack = if self.stack.is_empty() {
-            "?".into()
-        } else {
-            self.stack.join(" < ")
-        };
+        let call = if self.call.is_empty() { "computing" } else { &self.call };
+        let stack = if self.stack.is_empty() { "?".into() } else { self.stack.join(" < ") };
         write!(f, "thread {}: {call} in {stack}", self.tid)
     }
 }
 
 fn tail(output: &str) -> String {
-    if output.trim().is_empty() {
-        String::new()
-    } else {
-        format!("; its last output: {}", output.trim_end())
-    }
+    if output.trim().is_empty() { String::new() } else { format!("; its last output: {}", output.trim_end()) }
 }
 
 fn list(places: &[Where]) -> String {
-    places
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join("; ")
+    places.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// A boot that did not succeed.
@@ -175,25 +159,15 @@ pub enum BootError {
 }
 
 fn unpaired(missing: &[Where]) -> String {
-    if missing.is_empty() {
-        String::new()
-    } else {
-        format!("; the old one also has {}", list(missing))
-    }
+    if missing.is_empty() { String::new() } else { format!("; the old one also has {}", list(missing)) }
 }
 
 impl BootError {
     pub(super) fn step(step: impl Into<String>, errno: Errno) -> Self {
-        Self::Step {
-            step: step.into(),
-            errno,
-        }
+        Self::Step { step: step.into(), errno }
     }
     pub(super) fn io(what: impl Into<String>, source: std::io::Error) -> Self {
-        Self::Io {
-            what: what.into(),
-            source,
-        }
+        Self::Io { what: what.into(), source }
     }
 }
 

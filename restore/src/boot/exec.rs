@@ -44,10 +44,7 @@ pub(super) fn fates(maps: &[MapsLine], spec: &BootSpec<'_>, stacks: &[Span]) -> 
     let start_stack = spec.old.mm.as_ref().map_or(0, |m| m.start_stack);
     maps.iter()
         .map(|m| {
-            if matches!(
-                m.name.as_slice(),
-                b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]"
-            ) {
+            if matches!(m.name.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]") {
                 return Fate::Kernel;
             }
             if m.name == b"[stack]" || (m.start.0 <= start_stack && start_stack < m.end.0) {
@@ -58,16 +55,10 @@ pub(super) fn fates(maps: &[MapsLine], spec: &BootSpec<'_>, stacks: &[Span]) -> 
                 if own && module.is_exe() {
                     let link = module.link(m.start);
                     let data = module.elf.segments().iter().any(|s| {
-                        s.flags & 3 == 0
-                            && link.0 < s.end().0
-                            && link.0 + m.end.since(m.start) > s.vaddr.0
+                        s.flags & 3 == 0 && link.0 < s.end().0 && link.0 + m.end.since(m.start) > s.vaddr.0
                     });
                     let plain = m.prot == libc::PROT_READ as u32 && m.ino != 0;
-                    return if data && plain {
-                        Fate::CopyReadOnly
-                    } else {
-                        Fate::Unmap
-                    };
+                    return if data && plain { Fate::CopyReadOnly } else { Fate::Unmap };
                 }
                 if own {
                     return Fate::Reserve;
@@ -133,12 +124,7 @@ pub(super) fn userland_exec(
     old_threads: &[OldThread],
 ) -> Result<Loaded> {
     let tid = Tid(host.pid.0);
-    let mut e = Exec {
-        host,
-        tid,
-        spec,
-        findings: Vec::new(),
-    };
+    let mut e = Exec { host, tid, spec, findings: Vec::new() };
     e.run(old_threads)
 }
 
@@ -162,26 +148,14 @@ impl Exec<'_, '_> {
         self.map_scratch(Addr(bias.0 - (512 << 20)))?;
 
         // A whole descriptor table for itself, with 0, 1 and 2 only: new finds its natural numbers.
-        self.call(
-            "close_range",
-            libc::SYS_close_range,
-            &[3, u64::from(u32::MAX), 0],
-        )?;
+        self.call("close_range", libc::SYS_close_range, &[3, u64::from(u32::MAX), 0])?;
         self.reset()?;
 
         let stacks: Vec<Span> = old_threads.iter().filter_map(|t| t.block).collect();
         let fates = fates(&maps, self.spec, &stacks);
         let (retained, reserved) = self.clear(&maps, &fates)?;
         for s in &self.spec.reserve {
-            self.map(
-                "memory for moved objects",
-                s.start,
-                s.len(),
-                RW,
-                ANON | NOREPLACE,
-                NO_FD,
-                0,
-            )?;
+            self.map("memory for moved objects", s.start, s.len(), RW, ANON | NOREPLACE, NO_FD, 0)?;
         }
         let stack = maps
             .iter()
@@ -194,12 +168,7 @@ impl Exec<'_, '_> {
                 next_step: "restart the server once instead of updating it".into(),
             })?;
 
-        let interp_bias = self
-            .spec
-            .old_modules
-            .interp()
-            .map(|m| m.bias)
-            .unwrap_or_default();
+        let interp_bias = self.spec.old_modules.interp().map(|m| m.bias).unwrap_or_default();
         let new = Arc::clone(&self.spec.new);
         let exe_fd = self.open(&self.spec.new_path)?;
         self.load(&new, bias, exe_fd, NOREPLACE)?;
@@ -210,20 +179,9 @@ impl Exec<'_, '_> {
         let initial = self.build_stack(stack, bias, interp_bias)?;
         self.set_mm(&initial, bias, exe_fd)?;
         self.call("close", libc::SYS_close, &[exe_fd])?;
-        let name = self
-            .spec
-            .new_path
-            .file_name()
-            .map(|n| n.as_encoded_bytes().to_vec())
-            .unwrap_or_default();
-        let at = self
-            .host
-            .stage(0, &[&name[..name.len().min(15)], &[0]].concat())?;
-        self.call(
-            "prctl(PR_SET_NAME)",
-            libc::SYS_prctl,
-            &[libc::PR_SET_NAME as u64, at],
-        )?;
+        let name = self.spec.new_path.file_name().map(|n| n.as_encoded_bytes().to_vec()).unwrap_or_default();
+        let at = self.host.stage(0, &[&name[..name.len().min(15)], &[0]].concat())?;
+        self.call("prctl(PR_SET_NAME)", libc::SYS_prctl, &[libc::PR_SET_NAME as u64, at])?;
 
         let regs = Regs {
             rip: interp.entry().at(interp_bias).0,
@@ -237,21 +195,13 @@ impl Exec<'_, '_> {
         ptrace::reset_xstate(self.tid)?;
         ptrace::set_regs(self.tid, &regs)?;
         ptrace::set_sigmask(self.tid, 0)?;
-        Ok(Loaded {
-            new_base: bias,
-            retained,
-            reserved,
-            stack,
-            findings: std::mem::take(&mut self.findings),
-        })
+        Ok(Loaded { new_base: bias, retained, reserved, stack, findings: std::mem::take(&mut self.findings) })
     }
 
     /// The dynamic linker must be the one that old has.
     fn check_files(&self) -> Result<ElfFile> {
-        let unsupported = |what: String, next_step: &str| BootError::Unsupported {
-            what,
-            next_step: next_step.into(),
-        };
+        let unsupported =
+            |what: String, next_step: &str| BootError::Unsupported { what, next_step: next_step.into() };
         if self.spec.old_modules.exe().is_none() {
             return Err(unsupported(
                 "the old program's mappings were not recognised".into(),
@@ -265,10 +215,7 @@ impl Exec<'_, '_> {
             ));
         };
         let interp = ElfFile::open(Path::new(path)).map_err(|e| {
-            unsupported(
-                format!("dynamic linker of the new program: {e}"),
-                "install its C library",
-            )
+            unsupported(format!("dynamic linker of the new program: {e}"), "install its C library")
         })?;
         let Some(old) = self.spec.old_modules.interp() else {
             return Err(unsupported(
@@ -287,37 +234,17 @@ impl Exec<'_, '_> {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn map(
-        &self,
-        what: &str,
-        at: Addr,
-        len: u64,
-        prot: u64,
-        flags: u64,
-        fd: u64,
-        offset: u64,
-    ) -> Result<()> {
+    fn map(&self, what: &str, at: Addr, len: u64, prot: u64, flags: u64, fd: u64, offset: u64) -> Result<()> {
         let r = self.call(what, libc::SYS_mmap, &[at.0, len, prot, flags, fd, offset])?;
         if r == at.0 {
             Ok(())
         } else {
-            Err(BootError::step(
-                format!("{what} at {at}"),
-                nix::errno::Errno::EEXIST,
-            ))
+            Err(BootError::step(format!("{what} at {at}"), nix::errno::Errno::EEXIST))
         }
     }
 
     fn map_scratch(&mut self, at: Addr) -> Result<()> {
-        self.map(
-            "memory for call arguments",
-            at,
-            SCRATCH_LEN,
-            RW,
-            ANON | NOREPLACE,
-            NO_FD,
-            0,
-        )?;
+        self.map("memory for call arguments", at, SCRATCH_LEN, RW, ANON | NOREPLACE, NO_FD, 0)?;
         self.host.scratch = at;
         Ok(())
     }
@@ -326,11 +253,7 @@ impl Exec<'_, '_> {
     fn reset(&self) -> Result<()> {
         let (addr, size, signature) = ptrace::rseq(self.tid)?;
         if addr != 0 {
-            self.call(
-                "rseq",
-                libc::SYS_rseq,
-                &[addr, size.into(), 1, signature.into()],
-            )?;
+            self.call("rseq", libc::SYS_rseq, &[addr, size.into(), 1, signature.into()])?;
         }
         self.call("set_robust_list", libc::SYS_set_robust_list, &[0, 24])?;
         self.call("set_tid_address", libc::SYS_set_tid_address, &[0])?;
@@ -341,11 +264,7 @@ impl Exec<'_, '_> {
         // struct kernel_sigaction of zeros is SIG_DFL; ignored signals stay ignored.
         let at = self.host.stage(0, &[0; 32])?;
         for a in self.spec.old.sigactions.iter().filter(|a| a.handler > 1) {
-            self.call(
-                "rt_sigaction",
-                libc::SYS_rt_sigaction,
-                &[a.signo.into(), at, 0, 8],
-            )?;
+            self.call("rt_sigaction", libc::SYS_rt_sigaction, &[a.signo.into(), at, 0, 8])?;
         }
         for which in 0..3 {
             self.call("setitimer", libc::SYS_setitimer, &[which, at, 0])?;
@@ -366,42 +285,18 @@ impl Exec<'_, '_> {
                 }
                 Fate::Reserve => {
                     let flags = FIXED | libc::MAP_NORESERVE as u64;
-                    self.map(
-                        "reserving a library's place",
-                        m.start,
-                        len,
-                        0,
-                        flags,
-                        NO_FD,
-                        0,
-                    )?;
+                    self.map("reserving a library's place", m.start, len, 0, flags, NO_FD, 0)?;
                     reserved.push(span);
                 }
                 Fate::CopyReadOnly => {
                     let content = self.host.mem.bytes(m.start, len as usize)?;
-                    self.map(
-                        "copy of the old program's constants",
-                        m.start,
-                        len,
-                        RW,
-                        FIXED,
-                        NO_FD,
-                        0,
-                    )?;
+                    self.map("copy of the old program's constants", m.start, len, RW, FIXED, NO_FD, 0)?;
                     self.host.mem.write(m.start, &content)?;
-                    self.call(
-                        "mprotect",
-                        libc::SYS_mprotect,
-                        &[m.start.0, len, libc::PROT_READ as u64],
-                    )?;
+                    self.call("mprotect", libc::SYS_mprotect, &[m.start.0, len, libc::PROT_READ as u64])?;
                     retained.push(span);
                 }
                 Fate::Stack => {
-                    self.call(
-                        "madvise",
-                        libc::SYS_madvise,
-                        &[m.start.0, len, libc::MADV_DONTNEED as u64],
-                    )?;
+                    self.call("madvise", libc::SYS_madvise, &[m.start.0, len, libc::MADV_DONTNEED as u64])?;
                 }
             }
         }
@@ -410,9 +305,7 @@ impl Exec<'_, '_> {
 
     /// Opens a file inside the host, with the host's view of the file system.
     fn open(&self, path: &Path) -> Result<u64> {
-        let at = self
-            .host
-            .stage(0, &[path.as_os_str().as_encoded_bytes(), &[0]].concat())?;
+        let at = self.host.stage(0, &[path.as_os_str().as_encoded_bytes(), &[0]].concat())?;
         let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
         let r = self.host.call_raw(
             self.tid,
@@ -433,49 +326,23 @@ impl Exec<'_, '_> {
 
     fn load(&self, elf: &ElfFile, bias: Addr, fd: u64, how: u64) -> Result<()> {
         let path = elf.path().display().to_string();
-        for LoadMap {
-            start,
-            len,
-            prot,
-            offset,
-            zero_from,
-        } in load::plan(elf.segments(), bias)
-        {
+        for LoadMap { start, len, prot, offset, zero_from } in load::plan(elf.segments(), bias) {
             let what = format!("mapping {path}");
             match offset {
-                Some(o) => self.map(
-                    &what,
-                    start,
-                    len,
-                    prot.into(),
-                    libc::MAP_PRIVATE as u64 | how,
-                    fd,
-                    o,
-                )?,
+                Some(o) => self.map(&what, start, len, prot.into(), libc::MAP_PRIVATE as u64 | how, fd, o)?,
                 None => self.map(&what, start, len, prot.into(), ANON | how, NO_FD, 0)?,
             }
             if let Some(from) = zero_from {
-                self.host
-                    .mem
-                    .write(from, &vec![0; (start.0 + len - from.0) as usize])?;
+                self.host.mem.write(from, &vec![0; (start.0 + len - from.0) as usize])?;
             }
         }
         Ok(())
     }
 
     fn build_stack(&self, stack: Span, bias: Addr, interp_bias: Addr) -> Result<InitialStack> {
-        let raw = self
-            .spec
-            .old
-            .mm
-            .as_ref()
-            .map(|m| m.auxv.as_slice())
-            .unwrap_or_default();
+        let raw = self.spec.old.mm.as_ref().map(|m| m.auxv.as_slice()).unwrap_or_default();
         let mut auxv = stack::parse_auxv(raw);
-        let random = auxv
-            .iter()
-            .find(|e| e.0 == stack::AT_RANDOM)
-            .map(|e| Addr(e.1));
+        let random = auxv.iter().find(|e| e.0 == stack::AT_RANDOM).map(|e| Addr(e.1));
         let mut bytes = [0u8; 16];
         match (self.spec.random, random) {
             (Some(r), _) => bytes = r,
@@ -484,12 +351,7 @@ impl Exec<'_, '_> {
         }
         let new = &self.spec.new;
         let phdr = new.program_header_addr().map_or(0, |a| a.at(bias).0);
-        let vdso = self
-            .host
-            .maps()?
-            .into_iter()
-            .find(|m| m.name == b"[vdso]")
-            .map_or(0, |m| m.start.0);
+        let vdso = self.host.maps()?.into_iter().find(|m| m.name == b"[vdso]").map_or(0, |m| m.start.0);
         for (key, value) in [
             (stack::AT_PHDR, phdr),
             (stack::AT_PHENT, 56),
@@ -529,15 +391,8 @@ impl Exec<'_, '_> {
         let old = self.spec.old.mm.clone().unwrap_or_default();
         let segments = self.spec.new.segments();
         let code = segments.iter().filter(|x| x.flags & 1 != 0);
-        let start_code = code
-            .clone()
-            .map(|x| x.vaddr.at(bias).0)
-            .min()
-            .unwrap_or(bias.0);
-        let end_code = code
-            .map(|x| x.vaddr.at(bias).0 + x.file_size)
-            .max()
-            .unwrap_or(bias.0 + PAGE);
+        let start_code = code.clone().map(|x| x.vaddr.at(bias).0).min().unwrap_or(bias.0);
+        let end_code = code.map(|x| x.vaddr.at(bias).0 + x.file_size).max().unwrap_or(bias.0 + PAGE);
         let last = segments.last();
         let start_data = last.map_or(end_code, |x| x.vaddr.at(bias).0);
         let end_data = last.map_or(end_code, |x| x.vaddr.at(bias).0 + x.file_size);
@@ -561,15 +416,8 @@ impl Exec<'_, '_> {
             b.extend_from_slice(&(s.auxv.len() as u32).to_le_bytes());
             b.extend_from_slice(&(fd as u32).to_le_bytes());
             let at = self.host.stage(0, &b)?;
-            let args = [
-                libc::PR_SET_MM as u64,
-                libc::PR_SET_MM_MAP as u64,
-                at,
-                b.len() as u64,
-                0,
-            ];
-            self.host
-                .call_raw(self.tid, "prctl(PR_SET_MM_MAP)", libc::SYS_prctl, &args)
+            let args = [libc::PR_SET_MM as u64, libc::PR_SET_MM_MAP as u64, at, b.len() as u64, 0];
+            self.host.call_raw(self.tid, "prctl(PR_SET_MM_MAP)", libc::SYS_prctl, &args)
         };
         let r = set(exe_fd)?;
         if r < 0 {

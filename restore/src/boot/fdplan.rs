@@ -8,18 +8,9 @@ use std::collections::BTreeMap;
 /// What a descriptor refers to, as far as matching needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    File {
-        dev: u64,
-        ino: u64,
-    },
-    Pipe {
-        write_end: bool,
-    },
-    Socket {
-        family: i32,
-        kind: i32,
-        connected: bool,
-    },
+    File { dev: u64, ino: u64 },
+    Pipe { write_end: bool },
+    Socket { family: i32, kind: i32, connected: bool },
     Epoll,
     EventFd,
     TimerFd,
@@ -43,9 +34,7 @@ const UNIX_CONNECTED: u32 = 1;
 
 /// The part of a socket address that identifies it: family, then port and host, or the path.
 pub(super) fn address(raw: &[u8]) -> Vec<u8> {
-    let family = raw
-        .get(..2)
-        .map_or(0, |b| i32::from(u16::from_le_bytes([b[0], b[1]])));
+    let family = raw.get(..2).map_or(0, |b| i32::from(u16::from_le_bytes([b[0], b[1]])));
     let part = |r: std::ops::Range<usize>| raw.get(r).unwrap_or_default().to_vec();
     let mut out = raw.get(..2).unwrap_or_default().to_vec();
     match family {
@@ -71,13 +60,8 @@ fn unix_name(path: &[u8]) -> &[u8] {
 
 /// A socket address for people.
 pub(super) fn describe(raw: &[u8]) -> String {
-    let family = raw
-        .get(..2)
-        .map_or(0, |b| i32::from(u16::from_le_bytes([b[0], b[1]])));
-    let port = || {
-        raw.get(2..4)
-            .map_or(0, |b| u16::from_be_bytes([b[0], b[1]]))
-    };
+    let family = raw.get(..2).map_or(0, |b| i32::from(u16::from_le_bytes([b[0], b[1]])));
+    let port = || raw.get(2..4).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
     match family {
         libc::AF_INET if raw.len() >= 8 => {
             format!("{}.{}.{}.{}:{}", raw[4], raw[5], raw[6], raw[7], port())
@@ -88,8 +72,7 @@ pub(super) fn describe(raw: &[u8]) -> String {
         }
         libc::AF_UNIX => {
             let n = String::from_utf8_lossy(unix_name(&raw[2..])).into_owned();
-            n.strip_prefix('\0')
-                .map_or_else(|| format!("unix:{n}"), |a| format!("unix:@{a}"))
+            n.strip_prefix('\0').map_or_else(|| format!("unix:{n}"), |a| format!("unix:@{a}"))
         }
         _ => format!("address family {family}"),
     }
@@ -97,51 +80,22 @@ pub(super) fn describe(raw: &[u8]) -> String {
 
 /// What the image knows about a descriptor.
 pub(super) fn old_fd(fd: &proto::Fd) -> OldFd {
-    let socket = |family: i32, kind: i32, connected| Kind::Socket {
-        family,
-        kind,
-        connected,
-    };
+    let socket = |family: i32, kind: i32, connected| Kind::Socket { family, kind, connected };
     let (kind, bound, what) = match &fd.object {
-        Some(Object::File(f)) => (
-            Kind::File {
-                dev: f.dev,
-                ino: f.ino,
-            },
-            None,
-            f.path.clone(),
-        ),
-        Some(Object::Pipe(p)) => (
-            Kind::Pipe {
-                write_end: p.write_end,
-            },
-            None,
-            fd.link.clone(),
-        ),
+        Some(Object::File(f)) => (Kind::File { dev: f.dev, ino: f.ino }, None, f.path.clone()),
+        Some(Object::Pipe(p)) => (Kind::Pipe { write_end: p.write_end }, None, fd.link.clone()),
         Some(Object::Unix(u)) => {
             let connected = u.state == UNIX_CONNECTED && u.peer_ino != 0 || u.external;
             let mut raw = (libc::AF_UNIX as u16).to_le_bytes().to_vec();
             raw.extend_from_slice(&u.address);
-            let named =
-                !u.address.is_empty() && !(connected && u.r#type == libc::SOCK_STREAM as u32);
-            let what = if named {
-                describe(&raw)
-            } else {
-                fd.link.clone()
-            };
-            (
-                socket(libc::AF_UNIX, u.r#type as i32, connected),
-                named.then(|| address(&raw)),
-                what,
-            )
+            let named = !u.address.is_empty() && !(connected && u.r#type == libc::SOCK_STREAM as u32);
+            let what = if named { describe(&raw) } else { fd.link.clone() };
+            (socket(libc::AF_UNIX, u.r#type as i32, connected), named.then(|| address(&raw)), what)
         }
         Some(Object::Tcp(t)) => {
             let listening = t.state == TCP_LISTEN;
-            let what = format!(
-                "{} {}",
-                if listening { "listener" } else { "connection" },
-                describe(&t.local)
-            );
+            let what =
+                format!("{} {}", if listening { "listener" } else { "connection" }, describe(&t.local));
             let connected = !listening && t.state != TCP_CLOSE;
             (
                 socket(t.family as i32, libc::SOCK_STREAM, connected),
@@ -151,17 +105,9 @@ pub(super) fn old_fd(fd: &proto::Fd) -> OldFd {
         }
         Some(Object::Udp(u)) => {
             let has_port = u.local.get(2..4).is_some_and(|p| p != [0, 0]);
-            let kind = if u.r#type == 0 {
-                libc::SOCK_DGRAM
-            } else {
-                u.r#type as i32
-            };
+            let kind = if u.r#type == 0 { libc::SOCK_DGRAM } else { u.r#type as i32 };
             let what = format!("socket {}", describe(&u.local));
-            (
-                socket(u.family as i32, kind, !u.peer.is_empty()),
-                has_port.then(|| address(&u.local)),
-                what,
-            )
+            (socket(u.family as i32, kind, !u.peer.is_empty()), has_port.then(|| address(&u.local)), what)
         }
         Some(Object::Epoll(_)) => (Kind::Epoll, None, "epoll".into()),
         Some(Object::Eventfd(_)) => (Kind::EventFd, None, "eventfd".into()),
@@ -175,16 +121,9 @@ pub(super) fn old_fd(fd: &proto::Fd) -> OldFd {
 /// Whether a fresh object may sit at an old one's number, to be replaced by it at the end.
 fn fits(new: &Kind, old: &Kind) -> bool {
     match (new, old) {
-        (
-            Kind::Socket {
-                family: a, kind: x, ..
-            },
-            Kind::Socket {
-                family: b,
-                kind: y,
-                connected,
-            },
-        ) => a == b && x == y && !connected,
+        (Kind::Socket { family: a, kind: x, .. }, Kind::Socket { family: b, kind: y, connected }) => {
+            a == b && x == y && !connected
+        }
         (Kind::Other, _) => false,
         _ => new == old,
     }
@@ -217,11 +156,7 @@ impl FdPlan {
     pub(super) fn new(fds: &[proto::Fd]) -> Self {
         let old: BTreeMap<i32, OldFd> = fds.iter().map(|f| (f.number as i32, old_fd(f))).collect();
         let above = old.keys().next_back().map_or(3, |n| n + 1).max(3);
-        Self {
-            old,
-            bound: BTreeMap::new(),
-            above,
-        }
+        Self { old, bound: BTreeMap::new(), above }
     }
 
     /// Where a fresh object that the kernel put at `natural` has to move: `None`, it can stay.
@@ -238,18 +173,9 @@ impl FdPlan {
             let same_kind = matches!(o.kind, Kind::Socket { kind: k, .. } if k == kind);
             same_kind && o.bound.as_deref() == Some(&wanted)
         };
-        let same = self
-            .old
-            .get(&fd)
-            .filter(|o| fits(o))
-            .map(|_| fd)
-            .filter(|n| !used.contains(n));
-        let found = same.or_else(|| {
-            self.old
-                .iter()
-                .find(|(n, o)| fits(o) && !used.contains(n))
-                .map(|(n, _)| *n)
-        })?;
+        let same = self.old.get(&fd).filter(|o| fits(o)).map(|_| fd).filter(|n| !used.contains(n));
+        let found =
+            same.or_else(|| self.old.iter().find(|(n, o)| fits(o) && !used.contains(n)).map(|(n, _)| *n))?;
         self.bound.insert(fd, found);
         Some(found)
     }
@@ -274,17 +200,8 @@ impl FdPlan {
 
     /// Addresses that old is bound to, for messages.
     pub(super) fn addresses(&self) -> String {
-        let v: Vec<&str> = self
-            .old
-            .values()
-            .filter(|o| o.bound.is_some())
-            .map(|o| o.what.as_str())
-            .collect();
-        if v.is_empty() {
-            "none".into()
-        } else {
-            v.join(", ")
-        }
+        let v: Vec<&str> = self.old.values().filter(|o| o.bound.is_some()).map(|o| o.what.as_str()).collect();
+        if v.is_empty() { "none".into() } else { v.join(", ") }
     }
 
     /// Matches the descriptors that new has in the end.
@@ -303,12 +220,8 @@ impl FdPlan {
             }
         }
         let claimed = |n: &i32| out.matched.iter().any(|m| m.1 == *n);
-        out.unclaimed = self
-            .old
-            .iter()
-            .filter(|(n, o)| o.bound.is_some() && !claimed(n))
-            .map(|(n, _)| *n)
-            .collect();
+        out.unclaimed =
+            self.old.iter().filter(|(n, o)| o.bound.is_some() && !claimed(n)).map(|(n, _)| *n).collect();
         out
     }
 }
@@ -325,48 +238,21 @@ mod tests {
         v
     }
     fn fd(n: u32, o: Object) -> proto::Fd {
-        proto::Fd {
-            number: n,
-            object: Some(o),
-            ..Default::default()
-        }
+        proto::Fd { number: n, object: Some(o), ..Default::default() }
     }
     fn tcp(state: u32, port: u16) -> Object {
-        Object::Tcp(proto::TcpSocket {
-            family: 2,
-            state,
-            local: v4(port),
-            ..Default::default()
-        })
+        Object::Tcp(proto::TcpSocket { family: 2, state, local: v4(port), ..Default::default() })
     }
     fn old() -> FdPlan {
         FdPlan::new(&[
-            fd(
-                0,
-                Object::File(proto::File {
-                    dev: 1,
-                    ino: 1,
-                    ..Default::default()
-                }),
-            ),
-            fd(
-                3,
-                Object::File(proto::File {
-                    dev: 1,
-                    ino: 9,
-                    ..Default::default()
-                }),
-            ),
+            fd(0, Object::File(proto::File { dev: 1, ino: 1, ..Default::default() })),
+            fd(3, Object::File(proto::File { dev: 1, ino: 9, ..Default::default() })),
             fd(4, Object::Epoll(proto::Epoll::default())),
             fd(5, tcp(TCP_LISTEN, 7000)),
             fd(6, tcp(1, 7000)),
         ])
     }
-    const SOCK: Kind = Kind::Socket {
-        family: 2,
-        kind: libc::SOCK_STREAM,
-        connected: false,
-    };
+    const SOCK: Kind = Kind::Socket { family: 2, kind: libc::SOCK_STREAM, connected: false };
 
     #[test]
     fn numbers_of_other_objects_are_left_alone() {
@@ -387,11 +273,7 @@ mod tests {
         assert_eq!(p.bind(5, libc::SOCK_STREAM, &v4(7001)), None);
         assert_eq!(p.bind(5, libc::SOCK_DGRAM, &v4(7000)), None);
         assert_eq!(p.bind(5, libc::SOCK_STREAM, &v4(7000)), Some(5));
-        assert_eq!(
-            p.bind(9, libc::SOCK_STREAM, &v4(7000)),
-            None,
-            "claimed already"
-        );
+        assert_eq!(p.bind(9, libc::SOCK_STREAM, &v4(7000)), None, "claimed already");
         let s = p.settle(&[
             (0, Kind::Other),
             (3, Kind::File { dev: 1, ino: 9 }),
@@ -400,10 +282,7 @@ mod tests {
             (8, Kind::EventFd),
         ]);
         assert_eq!(s.matched, [(3, 3), (4, 4), (5, 5)]);
-        assert_eq!(
-            (s.new_only.as_slice(), s.conflicts.len(), s.unclaimed.len()),
-            ([8].as_slice(), 0, 0)
-        );
+        assert_eq!((s.new_only.as_slice(), s.conflicts.len(), s.unclaimed.len()), ([8].as_slice(), 0, 0));
     }
 
     #[test]

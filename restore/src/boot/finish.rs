@@ -25,10 +25,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
     }
     // Places kept for libraries that the new version does not load.
     let leftovers = host.maps()?;
-    for m in leftovers
-        .iter()
-        .filter(|m| m.prot == 0 && m.ino == 0 && covers(&run.loaded.reserved, m))
-    {
+    for m in leftovers.iter().filter(|m| m.prot == 0 && m.ino == 0 && covers(&run.loaded.reserved, m)) {
         let args = [m.start.0, m.end.since(m.start)];
         host.call(Tid(host.pid.0), "munmap", libc::SYS_munmap, &args)?;
     }
@@ -46,10 +43,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         run.gate.findings.push(finding(
             "thread-added",
             proto::Severity::Info,
-            format!(
-                "the new version has a thread more: {}",
-                t.signature.join(" < ")
-            ),
+            format!("the new version has a thread more: {}", t.signature.join(" < ")),
             "",
         ));
     }
@@ -70,12 +64,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         stack: Some(run.loaded.stack),
         findings: run.gate.findings,
     };
-    Ok(BootOutcome {
-        booted,
-        modules,
-        output,
-        phases: Vec::new(),
-    })
+    Ok(BootOutcome { booted, modules, output, phases: Vec::new() })
 }
 
 /// Makes a resting thread stand just before its `syscall` instruction, in a stop where calls can be made.
@@ -84,13 +73,7 @@ fn normalise(host: &Host, rest: &Rest) -> Result<()> {
     let mask = ptrace::sigmask(tid).unwrap_or(0);
     if rest.at_entry {
         let r = ptrace::regs(tid)?;
-        ptrace::set_regs(
-            tid,
-            &Regs {
-                orig_rax: u64::MAX,
-                ..r
-            },
-        )?;
+        ptrace::set_regs(tid, &Regs { orig_rax: u64::MAX, ..r })?;
         ptrace::set_sigmask(tid, u64::MAX)?;
         host.to_syscall_stop(tid, "skipping a blocking call")?;
         ptrace::set_sigmask(tid, mask)?;
@@ -100,9 +83,7 @@ fn normalise(host: &Host, rest: &Rest) -> Result<()> {
             Ok(Some(Stop::Syscall | Stop::Parked)) => {}
             other => {
                 return Err(BootError::Unsupported {
-                    what: format!(
-                        "thread {tid} of the new version did not stop in its call ({other:?})"
-                    ),
+                    what: format!("thread {tid} of the new version did not stop in its call ({other:?})"),
                     next_step: "try again".into(),
                 });
             }
@@ -117,12 +98,7 @@ fn normalise(host: &Host, rest: &Rest) -> Result<()> {
         }
     }
     let r = ptrace::regs(tid)?;
-    let r = Regs {
-        rax: rest.call.nr as u64,
-        rip: r.rip - 2,
-        orig_rax: u64::MAX,
-        ..r
-    };
+    let r = Regs { rax: rest.call.nr as u64, rip: r.rip - 2, orig_rax: u64::MAX, ..r };
     ptrace::set_regs(tid, &r)?;
     Ok(())
 }
@@ -163,11 +139,7 @@ fn altstack(host: &Host, tid: Tid) -> Result<proto::AltStack> {
     mcr_image::Memory::read(&host.mem, Addr(at), &mut b)?;
     let w = |i: usize| b[i..i + 8].try_into().map(u64::from_le_bytes).unwrap_or(0);
     let flags = w(8) as u32;
-    Ok(proto::AltStack {
-        sp: w(0),
-        flags,
-        size: w(16),
-    })
+    Ok(proto::AltStack { sp: w(0), flags, size: w(16) })
 }
 
 fn frame(f: &Frame) -> BootFrame {
@@ -176,11 +148,7 @@ fn frame(f: &Frame) -> BootFrame {
         cfa: f.cfa,
         regs: f.regs,
         saved_at: f.saved_at,
-        module: f
-            .module
-            .as_ref()
-            .map(|m| m.path.clone())
-            .unwrap_or_default(),
+        module: f.module.as_ref().map(|m| m.path.clone()).unwrap_or_default(),
         module_base: f.module.as_ref().map(|m| m.bias).unwrap_or_default(),
         function: f.function.clone(),
         function_link_addr: f.function_link_addr.map_or(0, |a| a.0),
@@ -190,9 +158,10 @@ fn frame(f: &Frame) -> BootFrame {
 }
 
 fn module(m: &Module, spec: &BootSpec<'_>) -> BootModule {
-    let same = spec.old_modules.modules().iter().any(|o| {
-        !o.is_exe() && o.build_id().is_some() && o.build_id() == m.build_id() && o.bias == m.bias
-    });
+    let same =
+        spec.old_modules.modules().iter().any(|o| {
+            !o.is_exe() && o.build_id().is_some() && o.build_id() == m.build_id() && o.bias == m.bias
+        });
     BootModule {
         path: m.path.clone().into(),
         base: m.bias,
@@ -209,28 +178,11 @@ type Descriptors = (Vec<FdMatch>, Vec<(Fd, String)>, Vec<BootEpoll>);
 
 /// The descriptors at the end of the start-up against old's.
 fn settle(host: &Host, run: &mut Run<'_>) -> Result<Descriptors> {
-    let table: Vec<_> = host
-        .fd_numbers()?
-        .into_iter()
-        .filter_map(|n| Some((n, kind_of(host, n)?)))
-        .collect();
+    let table: Vec<_> = host.fd_numbers()?.into_iter().filter_map(|n| Some((n, kind_of(host, n)?))).collect();
     let kinds: Vec<_> = table.iter().map(|(n, (k, _))| (*n, k.clone())).collect();
-    let link = |n: i32| {
-        table
-            .iter()
-            .find(|t| t.0 == n)
-            .map(|t| t.1.1.clone())
-            .unwrap_or_default()
-    };
+    let link = |n: i32| table.iter().find(|t| t.0 == n).map(|t| t.1.1.clone()).unwrap_or_default();
     let settled = run.gate.fds.settle(&kinds);
-    let what = |n: i32| {
-        run.gate
-            .fds
-            .old
-            .get(&n)
-            .map(|o| o.what.clone())
-            .unwrap_or_default()
-    };
+    let what = |n: i32| run.gate.fds.old.get(&n).map(|o| o.what.clone()).unwrap_or_default();
     if let Some(&n) = settled.conflicts.first() {
         return Err(BootError::Unsupported {
             what: format!(
@@ -245,10 +197,7 @@ fn settle(host: &Host, run: &mut Run<'_>) -> Result<Descriptors> {
         run.gate.findings.push(finding(
             "listener-unclaimed",
             proto::Severity::Warning,
-            format!(
-                "the new version did not bind {}; the old socket stays open as descriptor {n}",
-                what(n)
-            ),
+            format!("the new version did not bind {}; the old socket stays open as descriptor {n}", what(n)),
             "",
         ));
     }
@@ -266,11 +215,7 @@ fn settle(host: &Host, run: &mut Run<'_>) -> Result<Descriptors> {
     let mut epolls = Vec::new();
     for (n, _) in table.iter().filter(|t| is_epoll(t.0)) {
         let old_fd = settled.matched.iter().find(|m| m.0 == *n).map(|m| Fd(m.1));
-        epolls.push(BootEpoll {
-            fd: Fd(*n),
-            old_fd,
-            watches: host.epoll_watches(*n)?,
-        });
+        epolls.push(BootEpoll { fd: Fd(*n), old_fd, watches: host.epoll_watches(*n)? });
     }
     let new_only = settled.new_only.iter().map(|&n| (Fd(n), link(n))).collect();
     Ok((fds, new_only, epolls))
@@ -301,12 +246,10 @@ fn native(maps: &[MapsLine], retained: &[Span], reserve: &[Span], scratch: Addr)
     cut.push(Span::new(scratch, scratch.add(super::host::SCRATCH_LEN)));
     cut.sort_unstable();
     let mut out: Vec<Span> = Vec::new();
-    for m in maps.iter().filter(|m| {
-        !matches!(
-            m.name.as_slice(),
-            b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]"
-        )
-    }) {
+    for m in maps
+        .iter()
+        .filter(|m| !matches!(m.name.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]"))
+    {
         let mut at = m.start;
         for c in cut.iter().filter(|c| c.start < m.end && c.end > m.start) {
             if c.start > at {
@@ -344,19 +287,10 @@ mod tests {
 
     #[test]
     fn native_is_what_is_not_retained() {
-        let maps = [
-            line(0x1000, 0x5000),
-            line(0x8000, 0x9000),
-            line(0x10_0000, 0x11_0000),
-        ];
+        let maps = [line(0x1000, 0x5000), line(0x8000, 0x9000), line(0x10_0000, 0x11_0000)];
         // The middle of a mapping that merged with a new one next to it.
         let retained = clip(
-            &[
-                span(0x2000, 0x3000),
-                span(0x3000, 0x4000),
-                span(0x8000, 0x9000),
-                span(0xa000, 0xb000),
-            ],
+            &[span(0x2000, 0x3000), span(0x3000, 0x4000), span(0x8000, 0x9000), span(0xa000, 0xb000)],
             &maps,
         );
         assert_eq!(retained, [span(0x2000, 0x4000), span(0x8000, 0x9000)]);

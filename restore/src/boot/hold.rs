@@ -27,10 +27,7 @@ impl Stacks {
                 files.insert((m.dev, m.ino), Some(Arc::clone(&m.elf)));
             }
         }
-        Self {
-            modules: None,
-            files,
-        }
+        Self { modules: None, files }
     }
 
     /// The mappings changed.
@@ -39,11 +36,7 @@ impl Stacks {
     }
 
     /// The modules mapped now.
-    pub(super) fn modules(
-        &mut self,
-        host: &Host,
-        spec: &BootSpec<'_>,
-    ) -> Result<&ModuleMap, BootError> {
+    pub(super) fn modules(&mut self, host: &Host, spec: &BootSpec<'_>) -> Result<&ModuleMap, BootError> {
         if self.modules.is_none() {
             let vmas: Vec<proto::Vma> = host.maps()?.iter().map(to_vma).collect();
             let auxv_path = format!("/proc/{}/auxv", host.pid);
@@ -54,11 +47,7 @@ impl Stacks {
                 if v.name.as_bytes() == spec.new_path.as_os_str().as_encoded_bytes() {
                     return Some(Arc::clone(&spec.new));
                 }
-                let open = || {
-                    ElfFile::open(PathBuf::from(format!("{root}{}", v.name)))
-                        .ok()
-                        .map(Arc::new)
-                };
+                let open = || ElfFile::open(PathBuf::from(format!("{root}{}", v.name))).ok().map(Arc::new);
                 files.entry((v.dev, v.ino)).or_insert_with(open).clone()
             };
             self.modules = Some(ModuleMap::read(&vmas, &auxv, host.memory(), load));
@@ -78,13 +67,7 @@ impl Stacks {
     }
 
     /// For messages: where a stopped thread is.
-    pub(super) fn place(
-        &mut self,
-        host: &Host,
-        spec: &BootSpec<'_>,
-        tid: Tid,
-        call: Option<i64>,
-    ) -> Where {
+    pub(super) fn place(&mut self, host: &Host, spec: &BootSpec<'_>, tid: Tid, call: Option<i64>) -> Where {
         let stack = ptrace::regs(tid).ok().and_then(|mut r| {
             if call.is_some() {
                 r.rip -= 2;
@@ -136,25 +119,17 @@ pub(super) fn futex_moved_on(memory: &dyn Memory, nr: i64, args: &[u64; 6]) -> b
     if nr != libc::SYS_futex || !matches!(args[1] & 0x7f, WAIT | WAIT_BITSET) {
         return false;
     }
-    memory
-        .u32(Addr(args[0]))
-        .is_ok_and(|now| now != args[2] as u32)
+    memory.u32(Addr(args[0])).is_ok_and(|now| now != args[2] as u32)
 }
 
 /// Pairs held threads with old ones: same signature, in order of creation. Returns for each held thread the
 /// index of its old thread, and the old threads nobody took.
-pub(super) fn pair(
-    held: &[(Tid, &[String])],
-    old: &[OldThread],
-) -> (Vec<Option<usize>>, Vec<usize>) {
+pub(super) fn pair(held: &[(Tid, &[String])], old: &[OldThread]) -> (Vec<Option<usize>>, Vec<usize>) {
     let mut taken = vec![false; old.len()];
     let pairs = held
         .iter()
         .map(|(_, sig)| {
-            let i = old
-                .iter()
-                .enumerate()
-                .position(|(i, o)| !taken[i] && o.signature == *sig)?;
+            let i = old.iter().enumerate().position(|(i, o)| !taken[i] && o.signature == *sig)?;
             taken[i] = true;
             Some(i)
         })
@@ -178,17 +153,9 @@ mod tests {
 
     #[test]
     fn threads_pair_by_stack_then_by_age() {
-        let olds = [
-            old(1, &["l+1", "loop", "main"]),
-            old(2, &["l+2", "work"]),
-            old(3, &["l+2", "work"]),
-        ];
-        let (m, w): (Vec<String>, Vec<String>) =
-            (olds[0].signature.clone(), olds[1].signature.clone());
-        let (pairs, missing) = pair(
-            &[(Tid(10), &w), (Tid(11), &m), (Tid(12), &w), (Tid(13), &w)],
-            &olds,
-        );
+        let olds = [old(1, &["l+1", "loop", "main"]), old(2, &["l+2", "work"]), old(3, &["l+2", "work"])];
+        let (m, w): (Vec<String>, Vec<String>) = (olds[0].signature.clone(), olds[1].signature.clone());
+        let (pairs, missing) = pair(&[(Tid(10), &w), (Tid(11), &m), (Tid(12), &w), (Tid(13), &w)], &olds);
         assert_eq!(pairs, [Some(1), Some(0), Some(2), None]);
         assert!(missing.is_empty());
         let (pairs, missing) = pair(&[(Tid(10), &m)], &olds);

@@ -4,7 +4,7 @@ use super::error::{BootError, Result};
 use super::ptrace::{self, Stop, Waiter};
 use mcr_criu_lite::ProcessMemory;
 use mcr_criu_lite::procfs::maps::{self, MapsLine};
-use mcr_image::{Addr, Memory, Pid, Tid, proto};
+use mcr_image::{Addr, Memory, Pid, Regs, Tid, proto};
 use nix::errno::Errno;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -28,18 +28,10 @@ pub struct Host {
 impl Host {
     /// Takes over a stopped, seized, single-threaded tracee of the calling thread.
     pub fn attach(pid: Pid) -> Result<Self> {
-        let mem =
-            ProcessMemory::open(pid).map_err(|e| BootError::io(format!("/proc/{pid}/mem"), e))?;
-        let waiter =
-            Waiter::new().map_err(|e| BootError::step("timer for the boot's deadline", e))?;
+        let mem = ProcessMemory::open(pid).map_err(|e| BootError::io(format!("/proc/{pid}/mem"), e))?;
+        let waiter = Waiter::new().map_err(|e| BootError::step("timer for the boot's deadline", e))?;
         ptrace::set_options(Tid(pid.0), ptrace::BOOT_OPTIONS)?;
-        let mut host = Self {
-            pid,
-            mem,
-            waiter,
-            site: Addr(0),
-            scratch: Addr(0),
-        };
+        let mut host = Self { pid, mem, waiter, site: Addr(0), scratch: Addr(0) };
         host.site = host.find_site()?;
         Ok(host)
     }
@@ -75,14 +67,9 @@ impl Host {
     /// Waits for the next stop of one thread, which must come soon.
     fn next_stop(&self, tid: Tid, what: &str) -> Result<Stop> {
         match self.waiter.one(tid, Instant::now() + CALL_LIMIT) {
-            Ok(Some(Stop::Killed(s))) => Err(BootError::HostKilled {
-                signal: signal_name(s),
-            }),
+            Ok(Some(Stop::Killed(s))) => Err(BootError::HostKilled { signal: signal_name(s) }),
             Ok(Some(s)) => Ok(s),
-            Ok(None) => Err(BootError::step(
-                format!("{what} in thread {tid}"),
-                Errno::ETIMEDOUT,
-            )),
+            Ok(None) => Err(BootError::step(format!("{what} in thread {tid}"), Errno::ETIMEDOUT)),
             Err(e) => Err(BootError::step(format!("waiting for thread {tid}"), e)),
         }
     }
@@ -112,16 +99,13 @@ impl Host {
     pub(super) fn call(&self, tid: Tid, what: &str, nr: i64, args: &[u64]) -> Result<u64> {
         let r = self.call_raw(tid, what, nr, args)?;
         if (-4095..0).contains(&r) {
-            return Err(BootError::step(
-                format!("{what} in the new version"),
-                Errno::from_raw(-r as i32),
-            ));
+            return Err(BootError::step(format!("{what} in the new version"), Errno::from_raw(-r as i32)));
         }
         Ok(r as u64)
     }
 
     /// As [`Self::call`], with the kernel's raw result.
-    pub(super) fn call_raw(&self, tid: Tid, what: &str, nr: i64, args: &[u64]) -> Result<i64> {
+    pub(crate) fn call_raw(&self, tid: Tid, what: &str, nr: i64, args: &[u64]) -> Result<i64> {
         let saved = ptrace::regs(tid)?;
         let mask = ptrace::sigmask(tid)?;
         ptrace::set_sigmask(tid, u64::MAX)?;
@@ -140,13 +124,15 @@ impl Host {
         Ok(result)
     }
 
+    /// Sets all general registers of a stopped thread.
+    pub(crate) fn set_thread_regs(&self, tid: Tid, regs: &Regs) -> Result<()> {
+        Ok(ptrace::set_regs(tid, regs)?)
+    }
+
     /// Puts bytes into the scratch memory at `offset` and gives their address.
-    pub(super) fn stage(&self, offset: u64, bytes: &[u8]) -> Result<u64> {
+    pub(crate) fn stage(&self, offset: u64, bytes: &[u8]) -> Result<u64> {
         if self.scratch.0 == 0 || offset + bytes.len() as u64 > SCRATCH_LEN {
-            return Err(BootError::step(
-                "arguments of a call made in the new version",
-                Errno::E2BIG,
-            ));
+            return Err(BootError::step("arguments of a call made in the new version", Errno::E2BIG));
         }
         self.mem.write(self.scratch.add(offset), bytes)?;
         Ok(self.scratch.0 + offset)
@@ -173,24 +159,14 @@ impl Host {
         let ask = || {
             let s = ptrace::duplicate_fd(self.pid.0, fd)?;
             let family = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
-            Ok((
-                family,
-                ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_TYPE)?,
-            ))
+            Ok((family, ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_TYPE)?))
         };
-        ask().map_err(|e| {
-            BootError::step(format!("looking at descriptor {fd} of the new version"), e)
-        })
+        ask().map_err(|e| BootError::step(format!("looking at descriptor {fd} of the new version"), e))
     }
 
     /// What a descriptor is, as /proc shows it.
     pub(super) fn fd_link(&self, fd: i32) -> Option<String> {
-        Some(
-            std::fs::read_link(self.fd_path(fd))
-                .ok()?
-                .to_string_lossy()
-                .into_owned(),
-        )
+        Some(std::fs::read_link(self.fd_path(fd)).ok()?.to_string_lossy().into_owned())
     }
 
     /// The registrations of an epoll descriptor, from fdinfo.
@@ -214,10 +190,8 @@ impl Host {
     /// Kills it and waits until every thread is gone.
     pub fn kill(&self) {
         // Its pid cannot be reused: it is our tracee until we reap it.
-        let _ = nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(self.pid.0),
-            nix::sys::signal::Signal::SIGKILL,
-        );
+        let _ =
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid.0), nix::sys::signal::Signal::SIGKILL);
         let end = Instant::now() + CALL_LIMIT;
         let mut tids: Vec<Tid> = self.tids();
         tids.retain(|t| t.0 != self.pid.0);
@@ -292,8 +266,7 @@ pub(super) fn to_vma(m: &MapsLine) -> proto::Vma {
 
 /// "SIGSEGV" for 11.
 pub(super) fn signal_name(n: i32) -> String {
-    nix::sys::signal::Signal::try_from(n)
-        .map_or_else(|_| format!("signal {n}"), |s| s.as_str().to_owned())
+    nix::sys::signal::Signal::try_from(n).map_or_else(|_| format!("signal {n}"), |s| s.as_str().to_owned())
 }
 
 /// A finding of the boot.
@@ -321,10 +294,7 @@ mod tests {
         let text = "pos:\t0\nflags:\t02\nmnt_id:\t15\nino:\t7\ntfd:        6 events:       19 data: deadbeefcafe0001  pos:0 ino:2f sdev:8\ntfd:       12 events: 80000001 data:                c  pos:0 ino:2f sdev:8\n";
         let w = parse_watches(text);
         assert_eq!(w.len(), 2);
-        assert_eq!(
-            (w[0].fd, w[0].events, w[0].data),
-            (6, 0x19, 0xdead_beef_cafe_0001)
-        );
+        assert_eq!((w[0].fd, w[0].events, w[0].data), (6, 0x19, 0xdead_beef_cafe_0001));
         assert_eq!((w[1].fd, w[1].events, w[1].data), (12, 0x8000_0001, 12));
     }
 }

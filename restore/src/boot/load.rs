@@ -67,12 +67,7 @@ pub(super) fn fresh_bias(range: (LinkAddr, LinkAddr), taken: &[(Addr, Addr)]) ->
     let mut base = LOW;
     while base + span <= HIGH {
         let (from, to) = (base - DISTANCE, base + span + DISTANCE);
-        match taken
-            .iter()
-            .filter(|t| t.0.0 < to && t.1.0 > from)
-            .map(|t| t.1.0)
-            .max()
-        {
+        match taken.iter().filter(|t| t.0.0 < to && t.1.0 > from).map(|t| t.1.0).max() {
             None => return Some(Addr(base.wrapping_sub(first))),
             Some(end) => base = (end + DISTANCE).next_multiple_of(ALIGN),
         }
@@ -97,48 +92,20 @@ mod tests {
 
     #[test]
     fn segments_become_mappings() {
-        let m = plan(
-            &[
-                seg(0, 0x7a0, 0, 0x7a0, 4),
-                seg(0x3dd8, 0x3000, 0x2dd8, 0x250, 6),
-            ],
-            Addr(0x10_0000),
-        );
+        let m = plan(&[seg(0, 0x7a0, 0, 0x7a0, 4), seg(0x3dd8, 0x3000, 0x2dd8, 0x250, 6)], Addr(0x10_0000));
         assert_eq!(
             m[0],
-            LoadMap {
-                start: Addr(0x10_0000),
-                len: 0x1000,
-                prot: 1,
-                offset: Some(0),
-                zero_from: None
-            }
+            LoadMap { start: Addr(0x10_0000), len: 0x1000, prot: 1, offset: Some(0), zero_from: None }
         );
         assert_eq!(m[1].start, Addr(0x10_3000));
-        assert_eq!(
-            (m[1].len, m[1].offset, m[1].zero_from),
-            (0x2000, Some(0x2000), Some(Addr(0x10_4028)))
-        );
+        assert_eq!((m[1].len, m[1].offset, m[1].zero_from), (0x2000, Some(0x2000), Some(Addr(0x10_4028))));
         assert_eq!(
             m[2],
-            LoadMap {
-                start: Addr(0x10_5000),
-                len: 0x2000,
-                prot: 3,
-                offset: None,
-                zero_from: None
-            }
+            LoadMap { start: Addr(0x10_5000), len: 0x2000, prot: 3, offset: None, zero_from: None }
         );
         // A read-only segment's tail is never written; a bss without file part has no file mapping.
-        assert!(
-            plan(&[seg(0, 0x100, 0, 0x10, 4)], Addr(0))[0]
-                .zero_from
-                .is_none()
-        );
-        assert_eq!(
-            plan(&[seg(0x1000, 0x10, 0x1000, 0, 6)], Addr(0))[0].offset,
-            None
-        );
+        assert!(plan(&[seg(0, 0x100, 0, 0x10, 4)], Addr(0))[0].zero_from.is_none());
+        assert_eq!(plan(&[seg(0x1000, 0x10, 0x1000, 0, 6)], Addr(0))[0].offset, None);
     }
 
     #[test]

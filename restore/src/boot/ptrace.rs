@@ -25,87 +25,38 @@ pub struct PtraceError {
 
 type Result<T> = std::result::Result<T, PtraceError>;
 
-fn request(
-    tid: Tid,
-    name: &'static str,
-    req: libc::c_uint,
-    addr: usize,
-    data: usize,
-) -> Result<i64> {
+fn request(tid: Tid, name: &'static str, req: libc::c_uint, addr: usize, data: usize) -> Result<i64> {
     // SAFETY: callers pass plain numbers or pointers to live buffers of the size that the request uses.
     let r = unsafe { libc::ptrace(req, tid.0, addr, data) };
-    if r < 0 {
-        Err(PtraceError {
-            tid,
-            request: name,
-            errno: Errno::last(),
-        })
-    } else {
-        Ok(r)
-    }
+    if r < 0 { Err(PtraceError { tid, request: name, errno: Errno::last() }) } else { Ok(r) }
 }
 
 pub(super) fn regs(tid: Tid) -> Result<Regs> {
     let mut w = [0u64; 27];
-    request(
-        tid,
-        "PTRACE_GETREGS",
-        libc::PTRACE_GETREGS,
-        0,
-        w.as_mut_ptr() as usize,
-    )?;
+    request(tid, "PTRACE_GETREGS", libc::PTRACE_GETREGS, 0, w.as_mut_ptr() as usize)?;
     Ok(Regs::from_words(&w).unwrap_or_default())
 }
 
 pub(super) fn set_regs(tid: Tid, regs: &Regs) -> Result<()> {
     let w = regs.to_words();
-    request(
-        tid,
-        "PTRACE_SETREGS",
-        libc::PTRACE_SETREGS,
-        0,
-        w.as_ptr() as usize,
-    )
-    .map(drop)
+    request(tid, "PTRACE_SETREGS", libc::PTRACE_SETREGS, 0, w.as_ptr() as usize).map(drop)
 }
 
 pub(super) fn sigmask(tid: Tid) -> Result<u64> {
     let mut m = 0u64;
-    request(
-        tid,
-        "PTRACE_GETSIGMASK",
-        libc::PTRACE_GETSIGMASK,
-        SIGSET,
-        (&raw mut m) as usize,
-    )?;
+    request(tid, "PTRACE_GETSIGMASK", libc::PTRACE_GETSIGMASK, SIGSET, (&raw mut m) as usize)?;
     Ok(m)
 }
 
 pub(super) fn set_sigmask(tid: Tid, mask: u64) -> Result<()> {
-    request(
-        tid,
-        "PTRACE_SETSIGMASK",
-        libc::PTRACE_SETSIGMASK,
-        SIGSET,
-        (&raw const mask) as usize,
-    )
-    .map(drop)
+    request(tid, "PTRACE_SETSIGMASK", libc::PTRACE_SETSIGMASK, SIGSET, (&raw const mask) as usize).map(drop)
 }
 
 /// The initial floating-point and vector state: everything in its reset value, as after execve(2).
 pub(super) fn reset_xstate(tid: Tid) -> Result<()> {
     let mut buf = vec![0u8; 16 * 1024];
-    let mut iov = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: buf.len(),
-    };
-    request(
-        tid,
-        "PTRACE_GETREGSET",
-        libc::PTRACE_GETREGSET,
-        NT_X86_XSTATE,
-        (&raw mut iov) as usize,
-    )?;
+    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    request(tid, "PTRACE_GETREGSET", libc::PTRACE_GETREGSET, NT_X86_XSTATE, (&raw mut iov) as usize)?;
     let len = iov.iov_len;
     buf.truncate(len);
     // Software-reserved bytes 464..512 describe the layout; everything else starts from zero.
@@ -119,57 +70,29 @@ pub(super) fn reset_xstate(tid: Tid) -> Result<()> {
     if len >= 520 {
         buf[512..520].copy_from_slice(&3u64.to_le_bytes()); // XSTATE_BV: x87 and SSE are given, the rest is initial
     }
-    let iov = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: len,
-    };
-    request(
-        tid,
-        "PTRACE_SETREGSET",
-        libc::PTRACE_SETREGSET,
-        NT_X86_XSTATE,
-        (&raw const iov) as usize,
-    )
-    .map(drop)
+    let iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: len };
+    request(tid, "PTRACE_SETREGSET", libc::PTRACE_SETREGSET, NT_X86_XSTATE, (&raw const iov) as usize)
+        .map(drop)
 }
 
 /// rseq registration: (address, size, signature). Linux 5.13.
 pub(super) fn rseq(tid: Tid) -> Result<(u64, u32, u32)> {
     let mut b = [0u8; 24];
     let req = libc::PTRACE_GET_RSEQ_CONFIGURATION;
-    request(
-        tid,
-        "PTRACE_GET_RSEQ_CONFIGURATION",
-        req,
-        b.len(),
-        b.as_mut_ptr() as usize,
-    )?;
+    request(tid, "PTRACE_GET_RSEQ_CONFIGURATION", req, b.len(), b.as_mut_ptr() as usize)?;
     let w = |i: usize| u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
     Ok((u64::from(w(0)) | u64::from(w(4)) << 32, w(8), w(12)))
 }
 
 pub(super) fn event_message(tid: Tid) -> Result<u64> {
     let mut m = 0u64;
-    request(
-        tid,
-        "PTRACE_GETEVENTMSG",
-        libc::PTRACE_GETEVENTMSG,
-        0,
-        (&raw mut m) as usize,
-    )?;
+    request(tid, "PTRACE_GETEVENTMSG", libc::PTRACE_GETEVENTMSG, 0, (&raw mut m) as usize)?;
     Ok(m)
 }
 
 /// Runs to the next stop at a system call, delivering `signal` (0: none).
 pub(super) fn resume(tid: Tid, signal: i32) -> Result<()> {
-    request(
-        tid,
-        "PTRACE_SYSCALL",
-        libc::PTRACE_SYSCALL,
-        0,
-        signal as usize,
-    )
-    .map(drop)
+    request(tid, "PTRACE_SYSCALL", libc::PTRACE_SYSCALL, 0, signal as usize).map(drop)
 }
 
 /// Makes a running thread stop (it must have been seized).
@@ -179,25 +102,11 @@ pub(super) fn interrupt(tid: Tid) -> Result<()> {
 
 /// Lets the thread go.
 pub(super) fn detach(tid: Tid, signal: i32) -> Result<()> {
-    request(
-        tid,
-        "PTRACE_DETACH",
-        libc::PTRACE_DETACH,
-        0,
-        signal as usize,
-    )
-    .map(drop)
+    request(tid, "PTRACE_DETACH", libc::PTRACE_DETACH, 0, signal as usize).map(drop)
 }
 
 pub(super) fn set_options(tid: Tid, options: i32) -> Result<()> {
-    request(
-        tid,
-        "PTRACE_SETOPTIONS",
-        libc::PTRACE_SETOPTIONS,
-        0,
-        options as usize,
-    )
-    .map(drop)
+    request(tid, "PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, 0, options as usize).map(drop)
 }
 
 /// The options of a booting host.
@@ -220,21 +129,10 @@ pub(super) enum AtSyscall {
 pub(super) fn syscall_info(tid: Tid) -> Result<AtSyscall> {
     let mut w = [0u64; 11];
     let size = std::mem::size_of_val(&w);
-    request(
-        tid,
-        "PTRACE_GET_SYSCALL_INFO",
-        libc::PTRACE_GET_SYSCALL_INFO,
-        size,
-        w.as_mut_ptr() as usize,
-    )?;
+    request(tid, "PTRACE_GET_SYSCALL_INFO", libc::PTRACE_GET_SYSCALL_INFO, size, w.as_mut_ptr() as usize)?;
     Ok(match w[0] & 0xff {
-        1 => AtSyscall::Entry {
-            nr: w[3] as i64,
-            args: [w[4], w[5], w[6], w[7], w[8], w[9]],
-        },
-        2 => AtSyscall::Exit {
-            result: w[3] as i64,
-        },
+        1 => AtSyscall::Entry { nr: w[3] as i64, args: [w[4], w[5], w[6], w[7], w[8], w[9]] },
+        2 => AtSyscall::Exit { result: w[3] as i64 },
         _ => AtSyscall::No,
     })
 }
@@ -279,9 +177,7 @@ pub(super) struct Waiter {
 
 impl Waiter {
     pub(super) fn new() -> std::result::Result<Self, Errno> {
-        Ok(Self {
-            alarm: Alarm::new()?,
-        })
+        Ok(Self { alarm: Alarm::new()? })
     }
 
     /// The next change of state of any tracee or child of the calling thread; `None` at the deadline.
@@ -303,11 +199,7 @@ impl Waiter {
             }
             std::thread::yield_now();
         }
-        self.alarm.arm(
-            until
-                .saturating_duration_since(Instant::now())
-                .max(Duration::from_micros(1)),
-        );
+        self.alarm.arm(until.saturating_duration_since(Instant::now()).max(Duration::from_micros(1)));
         let r = loop {
             match wait_once(id, flags) {
                 Ok(Some(s)) => break Ok(Some(s)),
@@ -369,19 +261,10 @@ impl Alarm {
     /// First signal after `first` (zero: disarm), then every 5 ms, so that one that comes just before the
     /// wait is not lost.
     fn arm(&self, first: Duration) {
-        let spec = |d: Duration| libc::timespec {
-            tv_sec: d.as_secs() as i64,
-            tv_nsec: i64::from(d.subsec_nanos()),
-        };
-        let every = if first.is_zero() {
-            Duration::ZERO
-        } else {
-            Duration::from_millis(5)
-        };
-        let spec = libc::itimerspec {
-            it_value: spec(first),
-            it_interval: spec(every),
-        };
+        let spec =
+            |d: Duration| libc::timespec { tv_sec: d.as_secs() as i64, tv_nsec: i64::from(d.subsec_nanos()) };
+        let every = if first.is_zero() { Duration::ZERO } else { Duration::from_millis(5) };
+        let spec = libc::itimerspec { it_value: spec(first), it_interval: spec(every) };
         // SAFETY: the timer lives as long as self.
         unsafe { libc::timer_settime(self.timer, 0, &spec, std::ptr::null_mut()) };
     }
@@ -404,31 +287,15 @@ pub(super) fn duplicate_fd(pid: i32, fd: i32) -> std::result::Result<OwnedFd, Er
         }
         let pidfd = OwnedFd::from_raw_fd(pidfd as i32);
         let got = libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0);
-        if got < 0 {
-            Err(Errno::last())
-        } else {
-            Ok(OwnedFd::from_raw_fd(got as i32))
-        }
+        if got < 0 { Err(Errno::last()) } else { Ok(OwnedFd::from_raw_fd(got as i32)) }
     }
 }
 
 /// An integer option of a socket.
-pub(super) fn socket_option(
-    fd: &OwnedFd,
-    level: i32,
-    name: i32,
-) -> std::result::Result<i32, Errno> {
+pub(super) fn socket_option(fd: &OwnedFd, level: i32, name: i32) -> std::result::Result<i32, Errno> {
     let mut value = 0i32;
     let mut len = 4u32;
     // SAFETY: value and len are live and len tells value's size.
-    let r = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            level,
-            name,
-            (&raw mut value).cast(),
-            &mut len,
-        )
-    };
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &mut len) };
     if r < 0 { Err(Errno::last()) } else { Ok(value) }
 }

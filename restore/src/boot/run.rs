@@ -22,12 +22,7 @@ enum State {
     /// Computing, or between stops.
     Running,
     /// Executing a call; what to do when it returns, and the registers that it is to see then.
-    InCall {
-        call: Call,
-        after: Option<After>,
-        restore: Option<Regs>,
-        answer: Option<i64>,
-    },
+    InCall { call: Call, after: Option<After>, restore: Option<Regs>, answer: Option<i64> },
     /// Stopped at the entry of its blocking call.
     Held { call: Call },
 }
@@ -72,12 +67,7 @@ pub(super) struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    pub(super) fn new(
-        host: &'a Host,
-        spec: &'a BootSpec<'a>,
-        old: &'a [OldThread],
-        loaded: Loaded,
-    ) -> Self {
+    pub(super) fn new(host: &'a Host, spec: &'a BootSpec<'a>, old: &'a [OldThread], loaded: Loaded) -> Self {
         let gate = Gate::new(spec, &loaded);
         Self {
             host,
@@ -86,11 +76,7 @@ impl<'a> Runner<'a> {
             loaded,
             gate,
             stacks: Stacks::new(spec),
-            threads: vec![Thread {
-                tid: Tid(host.pid.0),
-                state: State::Running,
-                signature: Vec::new(),
-            }],
+            threads: vec![Thread { tid: Tid(host.pid.0), state: State::Running, signature: Vec::new() }],
             last_fatal: None,
         }
     }
@@ -129,46 +115,28 @@ impl<'a> Runner<'a> {
                 Ok(None) if mcr_criu_lite::interrupted() => return Err(BootError::Interrupted),
                 Ok(None) => {}
                 Err(Errno::ECHILD) => {
-                    return Err(BootError::HostKilled {
-                        signal: "an unknown cause".into(),
-                    });
+                    return Err(BootError::HostKilled { signal: "an unknown cause".into() });
                 }
                 Err(e) => return Err(BootError::step("waiting for the new version", e)),
             }
         }
         self.stacks.stale();
-        let held: Vec<(Tid, &[String])> = self
-            .threads
-            .iter()
-            .map(|t| (t.tid, t.signature.as_slice()))
-            .collect();
+        let held: Vec<(Tid, &[String])> =
+            self.threads.iter().map(|t| (t.tid, t.signature.as_slice())).collect();
         let (pairs, _) = hold::pair(&held, self.old);
         let threads = self
             .threads
             .iter()
             .zip(pairs)
             .filter_map(|(t, old)| match &t.state {
-                State::Held { call } => Some(Rest {
-                    tid: t.tid,
-                    call: *call,
-                    old,
-                    at_entry: true,
-                }),
-                State::InCall { call, .. } => Some(Rest {
-                    tid: t.tid,
-                    call: *call,
-                    old: None,
-                    at_entry: false,
-                }),
+                State::Held { call } => Some(Rest { tid: t.tid, call: *call, old, at_entry: true }),
+                State::InCall { call, .. } => {
+                    Some(Rest { tid: t.tid, call: *call, old: None, at_entry: false })
+                }
                 State::Running => None,
             })
             .collect();
-        Ok(Run {
-            loaded: self.loaded,
-            gate: self.gate,
-            stacks: self.stacks,
-            threads,
-        })
+        Ok(Run { loaded: self.loaded, gate: self.gate, stacks: self.stacks, threads })
     }
 
     /// (every old thread has its counterpart, every thread is held).
@@ -191,8 +159,7 @@ impl<'a> Runner<'a> {
         self.threads.iter().all(|t| match &t.state {
             State::Held { .. } => true,
             State::InCall { call, .. } => {
-                syscalls::is_resting(call.nr, &call.args)
-                    && self.host.thread_state(t.tid) == Some('S')
+                syscalls::is_resting(call.nr, &call.args) && self.host.thread_state(t.tid) == Some('S')
             }
             State::Running => false,
         })
@@ -202,17 +169,15 @@ impl<'a> Runner<'a> {
     fn nobody_will_run(&self) -> bool {
         use syscalls::Timeout;
         self.threads.iter().all(|t| match &t.state {
-            State::InCall { call, .. } => {
-                syscalls::blocking(call.nr).is_some_and(|b| match b.timeout {
-                    Timeout::Never => true,
-                    Timeout::Millis(i) => (call.args[i] as i32) < 0,
-                    Timeout::Timespec(i)
-                    | Timeout::Timeval(i)
-                    | Timeout::Futex(i)
-                    | Timeout::AbsoluteTimespec(i) => call.args[i] == 0,
-                    Timeout::ClockSleep(_) => false,
-                })
-            }
+            State::InCall { call, .. } => syscalls::blocking(call.nr).is_some_and(|b| match b.timeout {
+                Timeout::Never => true,
+                Timeout::Millis(i) => (call.args[i] as i32) < 0,
+                Timeout::Timespec(i)
+                | Timeout::Timeval(i)
+                | Timeout::Futex(i)
+                | Timeout::AbsoluteTimespec(i) => call.args[i] == 0,
+                Timeout::ClockSleep(_) => false,
+            }),
             State::Held { .. } => true,
             State::Running => false,
         })
@@ -232,10 +197,7 @@ impl<'a> Runner<'a> {
         for (tid, call, stopped) in tids {
             if !stopped {
                 let _ = ptrace::interrupt(tid);
-                let _ = self
-                    .host
-                    .waiter
-                    .one(tid, Instant::now() + Duration::from_millis(200));
+                let _ = self.host.waiter.one(tid, Instant::now() + Duration::from_millis(200));
             }
             places.push(self.stacks.place(self.host, self.spec, tid, call));
         }
@@ -250,19 +212,10 @@ impl<'a> Runner<'a> {
             .into_iter()
             .map(|i| {
                 let o = &self.old[i];
-                Where {
-                    tid: o.tid,
-                    call: o.call.clone(),
-                    stack: o.signature.clone(),
-                }
+                Where { tid: o.tid, call: o.call.clone(), stack: o.signature.clone() }
             })
             .collect();
-        BootError::Hangs {
-            seconds,
-            places,
-            missing,
-            output: self.gate.output_text(),
-        }
+        BootError::Hangs { seconds, places, missing, output: self.gate.output_text() }
     }
 
     fn index(&mut self, tid: Tid) -> Option<usize> {
@@ -273,11 +226,7 @@ impl<'a> Runner<'a> {
         if !std::path::Path::new(&format!("/proc/{}/task/{tid}", self.host.pid)).exists() {
             return None;
         }
-        self.threads.push(Thread {
-            tid,
-            state: State::Running,
-            signature: Vec::new(),
-        });
+        self.threads.push(Thread { tid, state: State::Running, signature: Vec::new() });
         Some(self.threads.len() - 1)
     }
 
@@ -312,21 +261,13 @@ impl<'a> Runner<'a> {
             Stop::Exited(status) => {
                 self.threads.remove(i);
                 if self.threads.is_empty() || tid.0 == self.host.pid.0 {
-                    return Err(self.exited(
-                        status,
-                        Where {
-                            tid,
-                            ..Where::default()
-                        },
-                    ));
+                    return Err(self.exited(status, Where { tid, ..Where::default() }));
                 }
             }
             Stop::Killed(s) => {
                 return Err(match self.last_fatal.take() {
                     Some((signal, place)) => self.crashed(signal, place),
-                    None => BootError::HostKilled {
-                        signal: signal_name(s),
-                    },
+                    None => BootError::HostKilled { signal: signal_name(s) },
                 });
             }
         }
@@ -337,39 +278,22 @@ impl<'a> Runner<'a> {
         match self.last_fatal.take() {
             // A crash handler of the program's own ended it, with whatever status.
             Some((signal, place)) => self.crashed(signal, place),
-            None => BootError::Exited {
-                status,
-                place,
-                output: self.gate.output_text(),
-            },
+            None => BootError::Exited { status, place, output: self.gate.output_text() },
         }
     }
 
     fn crashed(&self, signal: i32, place: Where) -> BootError {
-        BootError::Crashed {
-            signal: signal_name(signal),
-            place,
-            output: self.gate.output_text(),
-        }
+        BootError::Crashed { signal: signal_name(signal), place, output: self.gate.output_text() }
     }
 
     fn signal(&mut self, tid: Tid, s: i32) -> Result<()> {
         let fatal = matches!(
             s,
-            libc::SIGSEGV
-                | libc::SIGBUS
-                | libc::SIGILL
-                | libc::SIGFPE
-                | libc::SIGABRT
-                | libc::SIGSYS
+            libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGABRT | libc::SIGSYS
         );
         if fatal {
             let place = self.stacks.place(self.host, self.spec, tid, None);
-            let handled = self
-                .gate
-                .sigactions
-                .get(&(s as u32))
-                .is_some_and(|a| a.handler > 1);
+            let handled = self.gate.sigactions.get(&(s as u32)).is_some_and(|a| a.handler > 1);
             if !handled {
                 return Err(self.crashed(s, place));
             }
@@ -406,13 +330,7 @@ impl<'a> Runner<'a> {
             }
             Decision::Answer(result) => {
                 let saved = ptrace::regs(tid)?;
-                ptrace::set_regs(
-                    tid,
-                    &Regs {
-                        orig_rax: u64::MAX,
-                        ..saved
-                    },
-                )?;
+                ptrace::set_regs(tid, &Regs { orig_rax: u64::MAX, ..saved })?;
                 state = (None, Some(saved), Some(result));
             }
             Decision::Ends(status) => {
@@ -430,12 +348,7 @@ impl<'a> Runner<'a> {
             return Err(self.exited(call.args[0] as i32, place));
         }
         let (after, restore, answer) = state;
-        self.threads[i].state = State::InCall {
-            call,
-            after,
-            restore,
-            answer,
-        };
+        self.threads[i].state = State::InCall { call, after, restore, answer };
         ptrace::resume(tid, 0)?;
         Ok(())
     }
@@ -457,20 +370,11 @@ impl<'a> Runner<'a> {
     fn exit(&mut self, i: usize, result: i64) -> Result<()> {
         let tid = self.threads[i].tid;
         let state = std::mem::replace(&mut self.threads[i].state, State::Running);
-        if let State::InCall {
-            call,
-            after,
-            restore,
-            answer,
-        } = state
-        {
+        if let State::InCall { call, after, restore, answer } = state {
             let mut regs = None;
             if let Some(saved) = restore {
                 // Back to the arguments that the program passed; a rewritten call keeps its result.
-                regs = Some(Regs {
-                    rax: answer.unwrap_or(result) as u64,
-                    ..saved
-                });
+                regs = Some(Regs { rax: answer.unwrap_or(result) as u64, ..saved });
             }
             if let Some(r) = regs {
                 ptrace::set_regs(tid, &r)?;
@@ -480,13 +384,7 @@ impl<'a> Runner<'a> {
                 && seen != result
             {
                 let r = ptrace::regs(tid)?;
-                ptrace::set_regs(
-                    tid,
-                    &Regs {
-                        rax: seen as u64,
-                        ..r
-                    },
-                )?;
+                ptrace::set_regs(tid, &Regs { rax: seen as u64, ..r })?;
             }
         }
         ptrace::resume(tid, 0)?;
@@ -500,12 +398,7 @@ impl<'a> Runner<'a> {
                 && hold::futex_moved_on(&self.host.mem, call.nr, &call.args)
             {
                 t.signature.clear();
-                t.state = State::InCall {
-                    call,
-                    after: None,
-                    restore: None,
-                    answer: None,
-                };
+                t.state = State::InCall { call, after: None, restore: None, answer: None };
                 ptrace::resume(t.tid, 0)?;
             }
         }

@@ -69,11 +69,8 @@ impl InitialStack {
         };
         let argv: Vec<u64> = spec.argv.iter().map(|s| put(s)).collect();
         let arg_len = argv.len();
-        let arg_end = if arg_len == 0 {
-            0
-        } else {
-            argv[arg_len - 1] + spec.argv[arg_len - 1].len() as u64 + 1
-        };
+        let arg_end =
+            if arg_len == 0 { 0 } else { argv[arg_len - 1] + spec.argv[arg_len - 1].len() as u64 + 1 };
         let envp: Vec<u64> = spec.envp.iter().map(|s| put(s)).collect();
         let execfn = put(spec.execfn);
         let env_end = execfn;
@@ -84,11 +81,7 @@ impl InitialStack {
         let area = (spec.top.0 - strings.len() as u64) & !15;
 
         let mut auxv = spec.auxv;
-        for (key, value) in [
-            (AT_PLATFORM, platform),
-            (AT_RANDOM, random),
-            (AT_EXECFN, execfn),
-        ] {
+        for (key, value) in [(AT_PLATFORM, platform), (AT_RANDOM, random), (AT_EXECFN, execfn)] {
             match auxv.iter_mut().find(|e| e.0 == key) {
                 Some(e) => e.1 = area + value,
                 None => auxv.push((key, area + value)),
@@ -145,10 +138,7 @@ mod tests {
                 envp: &envp,
                 execfn: b"/opt/x",
                 random: [7; 16],
-                auxv: (0..extra)
-                    .map(|i| (100 + i, i))
-                    .chain([(AT_RANDOM, 1)])
-                    .collect(),
+                auxv: (0..extra).map(|i| (100 + i, i)).chain([(AT_RANDOM, 1)]).collect(),
             });
             assert_eq!(s.rsp.0 % 16, 0);
             assert_eq!(s.rsp.0 + s.bytes.len() as u64, 0x7fff_0000_0000);
@@ -166,15 +156,9 @@ mod tests {
             let r = (get(AT_RANDOM) - s.rsp.0) as usize;
             assert_eq!(&s.bytes[r..r + 16], &[7; 16]);
             // As /proc/PID/cmdline shows them.
-            let (a, e) = (
-                (s.arg_start.0 - s.rsp.0) as usize,
-                (s.arg_end.0 - s.rsp.0) as usize,
-            );
+            let (a, e) = ((s.arg_start.0 - s.rsp.0) as usize, (s.arg_end.0 - s.rsp.0) as usize);
             assert_eq!(&s.bytes[a..e], b"/bin/x\0-p\0\0");
-            let (a, e) = (
-                (s.env_start.0 - s.rsp.0) as usize,
-                (s.env_end.0 - s.rsp.0) as usize,
-            );
+            let (a, e) = ((s.env_start.0 - s.rsp.0) as usize, (s.env_end.0 - s.rsp.0) as usize);
             assert_eq!(&s.bytes[a..e], b"A=1\0B=\0");
         }
     }

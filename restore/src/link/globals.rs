@@ -37,21 +37,14 @@ impl Layout<'_> {
                 "give a rule that drops the thread-local variable",
             ));
         }
-        Ok(Addr(
-            t.fs_base
-                .0
-                .wrapping_sub(self.tls_offset)
-                .wrapping_add(offset),
-        ))
+        Ok(Addr(t.fs_base.0.wrapping_sub(self.tls_offset).wrapping_add(offset)))
     }
 
     fn thread(&self, old_tid: u32, what: &str) -> Result<&super::NewThread, Refusal> {
         self.booted.thread_for(Tid(old_tid as i32)).ok_or_else(|| {
             Refusal::new(
                 "I1",
-                format!(
-                    "{what} names thread {old_tid}, which no thread of the new version takes over"
-                ),
+                format!("{what} names thread {old_tid}, which no thread of the new version takes over"),
                 "see `mcr quiesce` for the threads of both versions",
             )
         })
@@ -59,22 +52,14 @@ impl Layout<'_> {
 
     /// The value of a relocation, and its size in bytes.
     pub fn value(&self, r: &proto::Reloc) -> Result<(u64, usize), Refusal> {
-        let what = if r.symbol.is_empty() {
-            "a relocation"
-        } else {
-            r.symbol.as_str()
-        };
+        let what = if r.symbol.is_empty() { "a relocation" } else { r.symbol.as_str() };
         Ok(match &r.target {
             Some(To::NewLinkAddr(a)) => (self.global(*a).0, 8),
             Some(To::ThreadOf(tid)) => (self.thread(*tid, what)?.fs_base.0, 8),
             Some(To::Tls(t)) => (self.tls(t.old_tid, t.offset, what)?.0, 8),
             Some(To::Local(l)) => {
                 let t = self.thread(l.old_tid, what)?;
-                match self
-                    .sites
-                    .find(t.tid, l.frame, &l.function, &l.variable)
-                    .and_then(|s| s.target)
-                {
+                match self.sites.find(t.tid, l.frame, &l.function, &l.variable).and_then(|s| s.target) {
                     Some(Target::Memory(a)) => (a.0.wrapping_add(l.offset), 8),
                     _ => {
                         return Err(Refusal::new(
@@ -103,17 +88,9 @@ impl Layout<'_> {
 }
 
 /// Writes the globals and thread-locals of the patch. Returns where each thread-local went.
-pub fn write(
-    patch: &proto::Patch,
-    at: &Layout<'_>,
-    state: &mut State<'_>,
-) -> Result<Vec<Addr>, Refusal> {
+pub fn write(patch: &proto::Patch, at: &Layout<'_>, state: &mut State<'_>) -> Result<Vec<Addr>, Refusal> {
     for g in &patch.globals {
-        state.put(
-            Target::Memory(at.global(g.new_link_addr)),
-            &g.content,
-            &g.keep_native,
-        );
+        state.put(Target::Memory(at.global(g.new_link_addr)), &g.content, &g.keep_native);
         state.stats.globals += 1;
     }
     let mut tls = Vec::with_capacity(patch.tls.len());
@@ -145,15 +122,9 @@ pub fn relocate(
         };
         let target = match place.r#in.as_ref().ok_or_else(broken)? {
             In::Addr(a) => Target::Memory(Addr(*a)),
-            In::Global(i) => Target::Memory(
-                at.global(
-                    patch
-                        .globals
-                        .get(*i as usize)
-                        .ok_or_else(broken)?
-                        .new_link_addr,
-                ),
-            ),
+            In::Global(i) => {
+                Target::Memory(at.global(patch.globals.get(*i as usize).ok_or_else(broken)?.new_link_addr))
+            }
             In::Tls(i) => Target::Memory(*tls.get(*i as usize).ok_or_else(broken)?),
             In::Local(i) => match locals.get(*i as usize).ok_or_else(broken)? {
                 Some(t) => *t,

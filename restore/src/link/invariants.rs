@@ -22,10 +22,7 @@ pub fn threads(process: &proto::Process, booted: &Booted) -> Result<(), Refusal>
         let tid = Tid(t.tid as i32);
         let mut takers = booted.threads.iter().filter(|n| n.old_tid == Some(tid));
         let Some(new) = takers.next() else {
-            return refuse(format!(
-                "old thread {tid} ({}) has no counterpart in the new version",
-                t.comm
-            ));
+            return refuse(format!("old thread {tid} ({}) has no counterpart in the new version", t.comm));
         };
         if let Some(other) = takers.next() {
             return refuse(format!(
@@ -51,16 +48,8 @@ pub fn threads(process: &proto::Process, booted: &Booted) -> Result<(), Refusal>
         }
         if FD_CALLS.contains(&call.nr) {
             let old_fd = call.args.first().copied().unwrap_or(0) as i32;
-            let epoll = booted
-                .epolls
-                .iter()
-                .find(|e| e.old_fd == Some(Fd(old_fd)))
-                .map(|e| e.fd);
-            let other = booted
-                .fds
-                .iter()
-                .find(|m| m.old_fd.0 == old_fd)
-                .map(|m| m.new_fd);
+            let epoll = booted.epolls.iter().find(|e| e.old_fd == Some(Fd(old_fd))).map(|e| e.fd);
+            let other = booted.fds.iter().find(|m| m.old_fd.0 == old_fd).map(|m| m.new_fd);
             let want = epoll.or(other).map_or(old_fd, |f| f.0);
             if new.args[0] as i32 != want {
                 return refuse(format!(
@@ -70,61 +59,38 @@ pub fn threads(process: &proto::Process, booted: &Booted) -> Result<(), Refusal>
             }
         }
     }
-    if booted
-        .threads
-        .first()
-        .and_then(|t| t.old_tid)
-        .map(|t| t.0 as u32)
+    if booted.threads.first().and_then(|t| t.old_tid).map(|t| t.0 as u32)
         != process.threads.first().map(|t| t.tid)
     {
-        return refuse(
-            "the main thread of the new version does not take over the old main thread".into(),
-        );
+        return refuse("the main thread of the new version does not take over the old main thread".into());
     }
     Ok(())
 }
 
 /// I3: every library of the old process that is still needed is the same file at the same base.
-pub fn modules(
-    old: &ModuleMap,
-    booted: &Booted,
-    findings: &mut Vec<proto::Finding>,
-) -> Result<(), Refusal> {
+pub fn modules(old: &ModuleMap, booted: &Booted, findings: &mut Vec<proto::Finding>) -> Result<(), Refusal> {
     for m in old.modules() {
         if m.is_exe() || m.role == mcr_image::Role::Vdso {
             continue;
         }
         let id = m.build_id().unwrap_or_default();
-        let same = booted
-            .modules
-            .iter()
-            .find(|b| !id.is_empty() && b.build_id == id);
+        let same = booted.modules.iter().find(|b| !id.is_empty() && b.build_id == id);
         match same {
             Some(b) if b.base == m.bias => {}
             Some(b) => {
                 return Err(Refusal::new(
                     "I3",
-                    format!(
-                        "{} is at {} in the new version and was at {}",
-                        m.path, b.base, m.bias
-                    ),
+                    format!("{} is at {} in the new version and was at {}", m.path, b.base, m.bias),
                     "its old place was taken; try again",
                 ));
             }
             None => {
                 let file = |p: &str| p.rsplit('/').next().unwrap_or(p).to_owned();
-                let changed = booted
-                    .modules
-                    .iter()
-                    .find(|b| file(&b.path.to_string_lossy()) == m.name());
+                let changed = booted.modules.iter().find(|b| file(&b.path.to_string_lossy()) == m.name());
                 if let Some(b) = changed {
                     return Err(Refusal::new(
                         "I3",
-                        format!(
-                            "{} is another build in the new version ({})",
-                            m.path,
-                            b.path.display()
-                        ),
+                        format!("{} is another build in the new version ({})", m.path, b.path.display()),
                         "changed shared libraries are not supported yet: run the new version with the old library",
                     ));
                 }
@@ -149,8 +115,7 @@ pub fn no_old_program(
 ) -> Result<(), Refusal> {
     each_word(out, ranges, |place, word, what| {
         let a = Addr(word);
-        let gone =
-            a >= old_exe.0 && a < old_exe.1 && !booted.is_retained(a) && !booted.is_native(a);
+        let gone = a >= old_exe.0 && a < old_exe.1 && !booted.is_retained(a) && !booted.is_native(a);
         if gone {
             return Err(Refusal::new(
                 "I6",
@@ -165,24 +130,13 @@ pub fn no_old_program(
 
 /// I7: the patch itself has nothing open.
 pub fn patch_is_closed(patch: &proto::Patch) -> Result<(), Refusal> {
-    match patch
-        .findings
-        .iter()
-        .find(|f| f.severity() == proto::Severity::Refusal)
-    {
+    match patch.findings.iter().find(|f| f.severity() == proto::Severity::Refusal) {
         None => Ok(()),
         Some(f) => Err(Refusal {
             invariant: "I7",
-            message: format!(
-                "the update image holds an unsolved question ({}): {}",
-                f.code, f.message
-            ),
+            message: format!("the update image holds an unsolved question ({}): {}", f.code, f.message),
             path: f.path.clone(),
-            next_step: if f.next_step.is_empty() {
-                "see `mcr plan`".into()
-            } else {
-                f.next_step.clone()
-            },
+            next_step: if f.next_step.is_empty() { "see `mcr plan`".into() } else { f.next_step.clone() },
         }),
     }
 }
@@ -203,7 +157,9 @@ pub fn moved_set_is_closed(
         if gone.get(i).is_some_and(|g| g.0 <= word) {
             return Err(Refusal::new(
                 "I9",
-                format!("{what}: the word at {place} still points at {word:#x}, from where an object moved away"),
+                format!(
+                    "{what}: the word at {place} still points at {word:#x}, from where an object moved away"
+                ),
                 "report this with the image; a rule `keep = \"new\"` for the holder avoids it",
             )
             .at(what));
@@ -245,11 +201,7 @@ mod tests {
     fn process() -> proto::Process {
         let thread = |tid, nr, fd| proto::Thread {
             tid,
-            syscall: Some(proto::SyscallState {
-                nr,
-                args: vec![fd, 0, 0, 0, 0, 0],
-                ..Default::default()
-            }),
+            syscall: Some(proto::SyscallState { nr, args: vec![fd, 0, 0, 0, 0, 0], ..Default::default() }),
             ..Default::default()
         };
         proto::Process {
@@ -266,10 +218,7 @@ mod tests {
             args: [fd, 0, 0, 0, 0, 0],
             ..Default::default()
         };
-        Booted {
-            threads: vec![thread(20, 10, 232, 4), thread(21, 11, 202, 0)],
-            ..Default::default()
-        }
+        Booted { threads: vec![thread(20, 10, 232, 4), thread(21, 11, 202, 0)], ..Default::default() }
     }
 
     #[test]
@@ -296,16 +245,8 @@ mod tests {
         says(b, "main thread");
         let mut b = booted();
         b.threads[0].args[0] = 7;
-        b.fds.push(FdMatch {
-            new_fd: Fd(7),
-            old_fd: Fd(4),
-            ..Default::default()
-        });
-        assert_eq!(
-            threads(&process(), &b),
-            Ok(()),
-            "a matched number is the same object"
-        );
+        b.fds.push(FdMatch { new_fd: Fd(7), old_fd: Fd(4), ..Default::default() });
+        assert_eq!(threads(&process(), &b), Ok(()), "a matched number is the same object");
     }
 
     #[test]
@@ -316,19 +257,10 @@ mod tests {
         let ranges = [(Addr(0x9000), 64, "global x".to_owned())];
         let exe = (Addr(0x40_0000), Addr(0x50_0000));
         let r = no_old_program(exe, &Booted::default(), &out, &ranges).unwrap_err();
-        assert!(
-            r.invariant == "I6" && r.message.contains("0x9008") && r.path == "global x",
-            "{r}"
-        );
-        let kept = Booted {
-            retained: vec![Span::new(Addr(0x40_1000), Addr(0x40_2000))],
-            ..Default::default()
-        };
-        assert_eq!(
-            no_old_program(exe, &kept, &out, &ranges),
-            Ok(()),
-            "old read-only data stays mapped"
-        );
+        assert!(r.invariant == "I6" && r.message.contains("0x9008") && r.path == "global x", "{r}");
+        let kept =
+            Booted { retained: vec![Span::new(Addr(0x40_1000), Addr(0x40_2000))], ..Default::default() };
+        assert_eq!(no_old_program(exe, &kept, &out, &ranges), Ok(()), "old read-only data stays mapped");
     }
 
     #[test]
@@ -342,10 +274,7 @@ mod tests {
             "config",
         ));
         let r = patch_is_closed(&patch).unwrap_err();
-        assert!(
-            r.invariant == "I7" && r.message.contains("value-narrowed"),
-            "{r}"
-        );
+        assert!(r.invariant == "I7" && r.message.contains("value-narrowed"), "{r}");
     }
 
     #[test]
@@ -353,19 +282,13 @@ mod tests {
         let mut m = Runs::default().with(0x9000, vec![0; 64]);
         m.put(0x9010, 0x7008);
         let patch = proto::Patch {
-            retired: vec![proto::Retired {
-                start: 0x7000,
-                end: 0x7040,
-            }],
+            retired: vec![proto::Retired { start: 0x7000, end: 0x7040 }],
             ..Default::default()
         };
         let ranges = [(Addr(0x9000), 64, "table".to_owned())];
         let r = moved_set_is_closed(&patch, &Overlay::new(&m), &ranges).unwrap_err();
         assert!(r.invariant == "I9" && r.message.contains("0x9010"), "{r}");
         m.put(0x9010, 0x7040);
-        assert_eq!(
-            moved_set_is_closed(&patch, &Overlay::new(&m), &ranges),
-            Ok(())
-        );
+        assert_eq!(moved_set_is_closed(&patch, &Overlay::new(&m), &ranges), Ok(()));
     }
 }

@@ -36,26 +36,23 @@ pub fn epolls(
     findings: &mut Vec<proto::Finding>,
 ) -> Result<(), Refusal> {
     for e in &booted.epolls {
-        let native: BTreeMap<u32, &proto::EpollWatch> =
-            e.watches.iter().map(|w| (w.fd, w)).collect();
+        let native: BTreeMap<u32, &proto::EpollWatch> = e.watches.iter().map(|w| (w.fd, w)).collect();
         let mut wanted: BTreeMap<u32, (u32, u64)> = BTreeMap::new();
         let mut from_old: &[proto::EpollWatch] = &[];
         if let Some(old_fd) = e.old_fd {
             from_old = old_watches(process, old_fd);
             for w in from_old {
-                let change = patch.epoll.iter().find(|c| {
-                    c.epoll_fd == old_fd.0 as u32 && c.fd == w.fd && c.old_data == w.data
-                });
+                let change = patch
+                    .epoll
+                    .iter()
+                    .find(|c| c.epoll_fd == old_fd.0 as u32 && c.fd == w.fd && c.old_data == w.data);
                 let data = match change {
                     Some(proto::EpollData { reloc: Some(r), .. }) => resolve(r)?,
                     Some(c) => c.new_data,
                     None => w.data,
                 };
-                let number = booted
-                    .fds
-                    .iter()
-                    .find(|m| m.old_fd.0 as u32 == w.fd)
-                    .map_or(w.fd, |m| m.new_fd.0 as u32);
+                let number =
+                    booted.fds.iter().find(|m| m.old_fd.0 as u32 == w.fd).map_or(w.fd, |m| m.new_fd.0 as u32);
                 wanted.insert(number, (w.events, data));
             }
         }
@@ -90,13 +87,7 @@ pub fn epolls(
                 Some(_) => EPOLL_CTL_MOD,
                 None => EPOLL_CTL_ADD,
             };
-            calls.push(KernelCall::EpollCtl {
-                epoll: e.fd,
-                op,
-                fd: Fd(fd as i32),
-                events,
-                data,
-            });
+            calls.push(KernelCall::EpollCtl { epoll: e.fd, op, fd: Fd(fd as i32), events, data });
         }
     }
     Ok(())
@@ -146,7 +137,10 @@ pub fn differences(process: &proto::Process, booted: &Booted, findings: &mut Vec
             findings.push(super::finding(
                 proto::Severity::Warning,
                 "signal-stack",
-                format!("thread {}: an alternate signal stack on one side only; the new version's setting stays", t.tid),
+                format!(
+                    "thread {}: an alternate signal stack on one side only; the new version's setting stays",
+                    t.tid
+                ),
                 "",
             ));
         }
@@ -154,11 +148,7 @@ pub fn differences(process: &proto::Process, booted: &Booted, findings: &mut Vec
             findings.push(super::finding(
                 proto::Severity::Warning,
                 "signal-pending",
-                format!(
-                    "thread {}: {} pending signals are not carried over",
-                    t.tid,
-                    t.pending.len()
-                ),
+                format!("thread {}: {} pending signals are not carried over", t.tid, t.pending.len()),
                 "",
             ));
         }
@@ -182,11 +172,7 @@ mod tests {
     use super::*;
 
     fn watch(fd: u32, data: u64) -> proto::EpollWatch {
-        proto::EpollWatch {
-            fd,
-            events: 1,
-            data,
-        }
+        proto::EpollWatch { fd, events: 1, data }
     }
 
     #[test]
@@ -204,13 +190,7 @@ mod tests {
         };
         let patch = proto::Patch {
             epoll: vec![
-                proto::EpollData {
-                    epoll_fd: 4,
-                    fd: 7,
-                    old_data: 0xb0,
-                    new_data: 0xb8,
-                    reloc: None,
-                },
+                proto::EpollData { epoll_fd: 4, fd: 7, old_data: 0xb0, new_data: 0xb8, reloc: None },
                 proto::EpollData {
                     epoll_fd: 4,
                     fd: 8,
@@ -227,11 +207,7 @@ mod tests {
                 old_fd: Some(Fd(4)),
                 watches: vec![watch(3, 0x11), watch(5, 0x22), watch(9, 0x33)],
             }],
-            fds: vec![FdMatch {
-                new_fd: Fd(5),
-                old_fd: Fd(5),
-                ..FdMatch::default()
-            }],
+            fds: vec![FdMatch { new_fd: Fd(5), old_fd: Fd(5), ..FdMatch::default() }],
             ..Booted::default()
         };
         let (mut calls, mut findings) = (Vec::new(), Vec::new());
@@ -245,13 +221,7 @@ mod tests {
             &mut findings,
         )
         .unwrap();
-        let ctl = |op, fd, events, data| KernelCall::EpollCtl {
-            epoll: Fd(4),
-            op,
-            fd: Fd(fd),
-            events,
-            data,
-        };
+        let ctl = |op, fd, events, data| KernelCall::EpollCtl { epoll: Fd(4), op, fd: Fd(fd), events, data };
         assert_eq!(
             calls,
             [

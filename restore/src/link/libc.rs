@@ -32,11 +32,7 @@ impl StreamSymbols {
     pub fn find(symbol: impl Fn(&str) -> Option<Addr>) -> Option<Self> {
         Some(Self {
             list_all: symbol("_IO_list_all")?,
-            std: [
-                symbol("_IO_2_1_stdin_")?,
-                symbol("_IO_2_1_stdout_")?,
-                symbol("_IO_2_1_stderr_")?,
-            ],
+            std: [symbol("_IO_2_1_stdin_")?, symbol("_IO_2_1_stdout_")?, symbol("_IO_2_1_stderr_")?],
         })
     }
 }
@@ -55,36 +51,24 @@ pub struct Streams {
 /// The streams of a list, in its order.
 pub fn list(mem: &dyn Memory, head: Addr) -> Result<Vec<Addr>, Refusal> {
     let mut out = Vec::new();
-    let mut at = mem
-        .u64(head)
-        .map_err(|e| refuse(format!("_IO_list_all: {e}")))?;
+    let mut at = mem.u64(head).map_err(|e| refuse(format!("_IO_list_all: {e}")))?;
     while at != 0 {
         if out.contains(&Addr(at)) || out.len() > MAX_FILES {
             return Err(refuse(format!("libc's list of streams loops at {at:#x}")));
         }
         out.push(Addr(at));
-        at = mem
-            .u64(Addr(at + CHAIN))
-            .map_err(|e| refuse(format!("stream {at:#x}: {e}")))?;
+        at = mem.u64(Addr(at + CHAIN)).map_err(|e| refuse(format!("stream {at:#x}: {e}")))?;
     }
     Ok(out)
 }
 
 fn refuse(message: String) -> Refusal {
-    Refusal::new(
-        "libc",
-        message,
-        "the stream list of libc cannot be joined; report this with the image",
-    )
+    Refusal::new("libc", message, "the stream list of libc cannot be joined; report this with the image")
 }
 
 /// Native and old streams on the same descriptor, which are the same file.
 #[must_use]
-pub fn by_descriptor(
-    old: &dyn Memory,
-    host: &dyn Memory,
-    syms: &StreamSymbols,
-) -> Vec<(Addr, Addr, u32)> {
+pub fn by_descriptor(old: &dyn Memory, host: &dyn Memory, syms: &StreamSymbols) -> Vec<(Addr, Addr, u32)> {
     let (Ok(olds), Ok(news)) = (list(old, syms.list_all), list(host, syms.list_all)) else {
         return Vec::new();
     };
@@ -129,19 +113,12 @@ pub fn adopt(
         }
         let f = moved(f);
         if !booted.is_retained(f) && out.u64(f.add(CHAIN)).is_err() {
-            return Err(refuse(format!(
-                "the old stream {f} lies in memory that is not kept"
-            )));
+            return Err(refuse(format!("the old stream {f} lies in memory that is not kept")));
         }
         let vtable = old.u64(f.add(VTABLE)).unwrap_or(0);
-        let ours = booted
-            .modules
-            .iter()
-            .any(|m| m.same_as_old && m.start.0 <= vtable && vtable < m.end.0);
+        let ours = booted.modules.iter().any(|m| m.same_as_old && m.start.0 <= vtable && vtable < m.end.0);
         if !ours {
-            return Err(refuse(format!(
-                "the old stream {f} has its methods at {vtable:#x}, outside libc"
-            )));
+            return Err(refuse(format!("the old stream {f} has its methods at {vtable:#x}, outside libc")));
         }
         // Held by a thread outside libc's calls (flockfile): the owner's struct pthread is gone.
         if let Ok(lock) = old.u64(f.add(LOCK))
@@ -151,9 +128,7 @@ pub fn adopt(
             findings.push(super::finding(
                 proto::Severity::Warning,
                 "stream-locked",
-                format!(
-                    "the stream {f} was locked (flockfile) in the old process; its lock is released"
-                ),
+                format!("the stream {f} was locked (flockfile) in the old process; its lock is released"),
                 "",
             ));
             out.write(Addr(lock), &[0; 16]);
@@ -186,7 +161,9 @@ pub fn adopt(
             findings.push(super::finding(
                 proto::Severity::Info,
                 "stream-startup-output",
-                format!("{n} bytes that the new version wrote at start-up into a stream old has open are dropped"),
+                format!(
+                    "{n} bytes that the new version wrote at start-up into a stream old has open are dropped"
+                ),
                 "",
             ));
         }
@@ -205,8 +182,7 @@ fn pending(mem: &dyn Memory, f: Addr) -> Vec<u8> {
     if base == 0 || ptr <= base || ptr - base > 1 << 20 {
         return Vec::new();
     }
-    mem.bytes(Addr(base), (ptr - base) as usize)
-        .unwrap_or_default()
+    mem.bytes(Addr(base), (ptr - base) as usize).unwrap_or_default()
 }
 
 /// Old's unwritten standard output goes in front of new's, if new's buffer has the room.
@@ -246,10 +222,8 @@ mod tests {
     use super::super::overlay::test::Runs;
     use super::*;
 
-    const SYMS: StreamSymbols = StreamSymbols {
-        list_all: Addr(0x1000),
-        std: [Addr(0x1100), Addr(0x1200), Addr(0x1300)],
-    };
+    const SYMS: StreamSymbols =
+        StreamSymbols { list_all: Addr(0x1000), std: [Addr(0x1100), Addr(0x1200), Addr(0x1300)] };
     const OLD: [u64; 2] = [0x8000, 0x8200];
     const NEW: [u64; 2] = [0x9000, 0x9200];
 
@@ -259,11 +233,7 @@ mod tests {
             .with(0x1000, vec![0; 0x1000])
             .with(0x8000, vec![0; 0x1000])
             .with(0x9000, vec![0; 0x1000]);
-        let all: Vec<u64> = files
-            .iter()
-            .copied()
-            .chain([0x1300, 0x1200, 0x1100])
-            .collect();
+        let all: Vec<u64> = files.iter().copied().chain([0x1300, 0x1200, 0x1100]).collect();
         let mut at = 0x1000;
         for f in &all {
             m.put(at, *f);
@@ -323,17 +293,7 @@ mod tests {
         {
             let mut out = Overlay::new(&host);
             let mut f = Vec::new();
-            let s = adopt(
-                &SYMS,
-                &old,
-                &host,
-                &booted(),
-                |_| None,
-                |f| f,
-                &mut out,
-                &mut f,
-            )
-            .unwrap();
+            let s = adopt(&SYMS, &old, &host, &booted(), |_| None, |f| f, &mut out, &mut f).unwrap();
             assert_eq!((s.pending, f.len()), (0, 1), "no buffer in the new version");
             assert_eq!(f[0].code, "stream-output-lost");
         }
@@ -343,17 +303,7 @@ mod tests {
         host.put(0x1200 + BUF_END, 0x9400);
         let mut out = Overlay::new(&host);
         let mut f = Vec::new();
-        let s = adopt(
-            &SYMS,
-            &old,
-            &host,
-            &booted(),
-            |_| None,
-            |f| f,
-            &mut out,
-            &mut f,
-        )
-        .unwrap();
+        let s = adopt(&SYMS, &old, &host, &booted(), |_| None, |f| f, &mut out, &mut f).unwrap();
         assert_eq!((s.pending, f.len()), (5, 0));
         assert_eq!(out.bytes(Addr(0x9000), 7).unwrap(), b"helloup");
         assert_eq!(out.u64(Addr(0x1200 + WRITE_PTR)).unwrap(), 0x9007);
@@ -363,11 +313,6 @@ mod tests {
     fn a_looping_list_is_refused() {
         let mut m = side(&OLD, &[5, 6]);
         m.put(OLD[1] + CHAIN, OLD[0]);
-        assert!(
-            list(&m, SYMS.list_all)
-                .unwrap_err()
-                .message
-                .contains("loops")
-        );
+        assert!(list(&m, SYMS.list_all).unwrap_err().message.contains("loops"));
     }
 }

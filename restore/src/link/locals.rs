@@ -27,12 +27,7 @@ pub struct Sites {
 
 impl Sites {
     /// Evaluates the locations in every program frame of every thread.
-    pub fn read(
-        types: &TypeModel,
-        memory: &dyn Memory,
-        bias: Addr,
-        threads: &[(Tid, Vec<Frame>)],
-    ) -> Self {
+    pub fn read(types: &TypeModel, memory: &dyn Memory, bias: Addr, threads: &[(Tid, Vec<Frame>)]) -> Self {
         let mut by_thread: HashMap<Tid, Vec<Site>> = HashMap::new();
         for (tid, frames) in threads {
             let sites = by_thread.entry(*tid).or_default();
@@ -41,18 +36,11 @@ impl Sites {
                 for local in types.locals_at(f, memory, bias) {
                     let target = match &local.place {
                         LocalPlace::Memory(a) => Some(Target::Memory(*a)),
-                        LocalPlace::Register {
-                            saved_at: Some(a), ..
-                        } => Some(Target::Memory(*a)),
+                        LocalPlace::Register { saved_at: Some(a), .. } => Some(Target::Memory(*a)),
                         LocalPlace::Register { reg, .. } => Some(Target::Register(*tid, *reg)),
                         _ => None,
                     };
-                    sites.push(Site {
-                        frame: i,
-                        function: function.clone(),
-                        local,
-                        target,
-                    });
+                    sites.push(Site { frame: i, function: function.clone(), local, target });
                 }
             }
         }
@@ -91,8 +79,7 @@ pub fn write(
     let mut targets = Vec::with_capacity(patch.locals.len());
     for v in &patch.locals {
         let path = format!("{}::{}", v.function, v.variable);
-        let site =
-            thread_for(v.old_tid).and_then(|t| sites.find(t, v.frame, &v.function, &v.variable));
+        let site = thread_for(v.old_tid).and_then(|t| sites.find(t, v.frame, &v.function, &v.variable));
         let target = site.and_then(|s| s.target);
         let fits = site.is_none_or(|s| types.size_of(s.local.ty) == v.content.len() as u64);
         if let (Some(t), true) = (target, fits) {
@@ -102,10 +89,8 @@ pub fn write(
             continue;
         }
         targets.push(None);
-        let heap = v
-            .content
-            .chunks_exact(8)
-            .any(|w| is_heap(u64::from_le_bytes(w.try_into().unwrap_or_default())));
+        let heap =
+            v.content.chunks_exact(8).any(|w| is_heap(u64::from_le_bytes(w.try_into().unwrap_or_default())));
         let why = match site {
             None => "the new version's frame has no such variable",
             Some(_) if !fits => "its size differs from the patch's",
@@ -113,17 +98,8 @@ pub fn write(
         };
         // A pointer to live memory that nobody holds any more may matter; a number that the optimiser
         // dropped does not.
-        let severity = if heap {
-            proto::Severity::Warning
-        } else {
-            proto::Severity::Info
-        };
-        state.find(
-            severity,
-            "local-dropped",
-            format!("local {path} of thread {}: {why}", v.old_tid),
-            &path,
-        );
+        let severity = if heap { proto::Severity::Warning } else { proto::Severity::Info };
+        state.find(severity, "local-dropped", format!("local {path} of thread {}: {why}", v.old_tid), &path);
     }
     targets
 }

@@ -28,20 +28,16 @@ pub struct ArenaLayout {
 impl ArenaLayout {
     /// Recognised by its 127 circular bins, of which at least the empty ones point at themselves.
     pub fn detect(mem: &dyn Memory, arena: Addr) -> Option<Self> {
-        [0x70, 0x18]
-            .into_iter()
-            .map(|bins| Self { bins })
-            .find(|l| {
-                (0..127).all(|i| {
-                    let head = l.bin(arena, i);
-                    let (Ok(fd), Ok(bk)) = (mem.u64(head.add(0x10)), mem.u64(head.add(0x18)))
-                    else {
-                        return false;
-                    };
-                    mem.u64(Addr(fd).add(0x18)).is_ok_and(|v| v == head.0)
-                        && mem.u64(Addr(bk).add(0x10)).is_ok_and(|v| v == head.0)
-                })
+        [0x70, 0x18].into_iter().map(|bins| Self { bins }).find(|l| {
+            (0..127).all(|i| {
+                let head = l.bin(arena, i);
+                let (Ok(fd), Ok(bk)) = (mem.u64(head.add(0x10)), mem.u64(head.add(0x18))) else {
+                    return false;
+                };
+                mem.u64(Addr(fd).add(0x18)).is_ok_and(|v| v == head.0)
+                    && mem.u64(Addr(bk).add(0x10)).is_ok_and(|v| v == head.0)
             })
+        })
     }
     /// The pseudo chunk that heads bin `i` (0: unsorted).
     pub fn bin(self, arena: Addr, i: u64) -> Addr {
@@ -128,10 +124,7 @@ pub fn merge(
     let tcaches = tcache_words(input, out)?;
     let checked_chunks = malloc_check::check(out, layout, &ring, &tcaches)
         .map_err(|m| refuse(format!("the joined heap is inconsistent: {m}")))?;
-    Ok(MergeReport {
-        checked_chunks,
-        ..report
-    })
+    Ok(MergeReport { checked_chunks, ..report })
 }
 
 /// The tcache of every thread, as it will be.
@@ -139,11 +132,7 @@ fn tcache_words(input: &MallocInput<'_>, view: &dyn Memory) -> Result<Vec<Addr>,
     let mut v = Vec::new();
     if let Some(tc) = input.heap.tcaches.first() {
         for t in &input.booted.threads {
-            v.push(Addr(read(
-                view,
-                t.fs_base.add(tc.tcache_tls_offset),
-                "a thread's tcache pointer",
-            )?));
+            v.push(Addr(read(view, t.fs_base.add(tc.tcache_tls_offset), "a thread's tcache pointer")?));
         }
     }
     Ok(v)
@@ -161,15 +150,10 @@ fn merge_unchecked(
             input.heap.allocator
         )));
     }
-    let layout = ArenaLayout::detect(input.old, arena).ok_or_else(|| {
-        refuse(format!(
-            "main_arena at {arena} of the old process has no known layout"
-        ))
-    })?;
+    let layout = ArenaLayout::detect(input.old, arena)
+        .ok_or_else(|| refuse(format!("main_arena at {arena} of the old process has no known layout")))?;
     if ArenaLayout::detect(input.host, arena) != Some(layout) {
-        return Err(refuse(format!(
-            "main_arena at {arena} of the new version is not where old's was"
-        )));
+        return Err(refuse(format!("main_arena at {arena} of the new version is not where old's was")));
     }
     let mut report = MergeReport::default();
     close_boot_heap(input, layout, arena, out, &mut report)?;
@@ -188,16 +172,10 @@ fn merge_unchecked(
     let (old_mem, new_mem) = sum(layout.system_mem())?;
     let (old_max, _) = sum(layout.system_mem() + 8)?;
     let (old_attached, _) = sum(layout.attached())?;
-    let mut bytes = input
-        .old
-        .bytes(arena, layout.size())
-        .map_err(|e| refuse(format!("old main_arena: {e}")))?;
-    let mut put =
-        |off: u64, v: &[u8]| bytes[off as usize..off as usize + v.len()].copy_from_slice(v);
-    let lock = input
-        .old
-        .u32(arena)
-        .map_err(|e| refuse(format!("old main_arena: {e}")))?;
+    let mut bytes =
+        input.old.bytes(arena, layout.size()).map_err(|e| refuse(format!("old main_arena: {e}")))?;
+    let mut put = |off: u64, v: &[u8]| bytes[off as usize..off as usize + v.len()].copy_from_slice(v);
+    let lock = input.old.u32(arena).map_err(|e| refuse(format!("old main_arena: {e}")))?;
     if lock != 0 {
         findings.push(super::finding(
             proto::Severity::Warning,
@@ -207,18 +185,12 @@ fn merge_unchecked(
         ));
     }
     put(0, &0u32.to_le_bytes());
-    let flags = input
-        .old
-        .u32(arena.add(4))
-        .map_err(|e| refuse(format!("old main_arena: {e}")))?;
+    let flags = input.old.u32(arena.add(4)).map_err(|e| refuse(format!("old main_arena: {e}")))?;
     put(4, &(flags | NONCONTIGUOUS).to_le_bytes());
     let system = old_mem + new_mem + input.region_bytes;
     put(layout.system_mem(), &system.to_le_bytes());
     put(layout.system_mem() + 8, &old_max.max(system).to_le_bytes());
-    put(
-        layout.attached(),
-        &(old_attached + extra_on_main).to_le_bytes(),
-    );
+    put(layout.attached(), &(old_attached + extra_on_main).to_le_bytes());
     out.write(arena, &bytes);
 
     // One ring: main, old's thread arenas, new's thread arenas, back to main.
@@ -261,9 +233,7 @@ fn close_boot_heap(
         let mut seen = 0;
         while p != head {
             if input.booted.is_retained(p) {
-                return Err(refuse(format!(
-                    "bin {i} of the new version holds {p}, which is old's memory"
-                )));
+                return Err(refuse(format!("bin {i} of the new version holds {p}, which is old's memory")));
             }
             let size = read(host, p.add(8), "a free chunk of the new version")? & !7;
             let next = p.add(size);
@@ -277,25 +247,17 @@ fn close_boot_heap(
             p = Addr(read(host, p.add(0x10), "a free chunk of the new version")?);
         }
     }
-    let top = Addr(read(
-        host,
-        arena.add(layout.top()),
-        "top of the new version",
-    )?);
+    let top = Addr(read(host, arena.add(layout.top()), "top of the new version")?);
     if top == layout.bin(arena, 0) {
         return Ok(()); // never allocated
     }
     if input.booted.is_retained(top) {
-        return Err(refuse(format!(
-            "the new version's top chunk {top} is old's memory"
-        )));
+        return Err(refuse(format!("the new version's top chunk {top} is old's memory")));
     }
     let head = read(host, top.add(8), "the new version's top chunk")?;
     let size = head & !7;
     if size < 0x20 {
-        return Err(refuse(format!(
-            "the new version's top chunk {top} has {size} bytes, too few to close"
-        )));
+        return Err(refuse(format!("the new version's top chunk {top} has {size} bytes, too few to close")));
     }
     // As sysmalloc() does when a top is replaced: two fencepost chunks of header size, both in use.
     let rest = (size - 0x20) & !15;
@@ -306,26 +268,15 @@ fn close_boot_heap(
 }
 
 /// The ring of arenas, main first.
-fn ring(
-    mem: &dyn Memory,
-    layout: ArenaLayout,
-    main: Addr,
-    whose: &str,
-) -> Result<Vec<Addr>, Refusal> {
+fn ring(mem: &dyn Memory, layout: ArenaLayout, main: Addr, whose: &str) -> Result<Vec<Addr>, Refusal> {
     let mut v = vec![main];
     loop {
-        let next = Addr(read(
-            mem,
-            v[v.len() - 1].add(layout.next()),
-            "an arena's ring pointer",
-        )?);
+        let next = Addr(read(mem, v[v.len() - 1].add(layout.next()), "an arena's ring pointer")?);
         if next == main {
             return Ok(v);
         }
         if next.0 == 0 || v.contains(&next) || v.len() > 4096 {
-            return Err(refuse(format!(
-                "the ring of arenas of the {whose} version is broken at {next}"
-            )));
+            return Err(refuse(format!("the ring of arenas of the {whose} version is broken at {next}")));
         }
         v.push(next);
     }
@@ -342,16 +293,12 @@ fn threads(
     report: &mut MergeReport,
 ) -> Result<u64, Refusal> {
     let Some(offsets) = input.heap.tcaches.first() else {
-        return Err(refuse(
-            "the image does not say where threads keep their tcache and arena".into(),
-        ));
+        return Err(refuse("the image does not say where threads keep their tcache and arena".into()));
     };
     let (cache_off, arena_off) = (offsets.tcache_tls_offset, offsets.arena_tls_offset);
     let mut extra = 0;
     for t in &input.booted.threads {
-        let old = t
-            .old_tid
-            .and_then(|o| input.heap.tcaches.iter().find(|c| c.old_tid == o.0 as u32));
+        let old = t.old_tid.and_then(|o| input.heap.tcaches.iter().find(|c| c.old_tid == o.0 as u32));
         match old {
             Some(c) => {
                 if c.thread_arena != 0 && !old_ring.contains(&Addr(c.thread_arena)) {
@@ -375,11 +322,7 @@ fn threads(
                 )));
             }
             None => {
-                let a = read(
-                    input.host,
-                    t.fs_base.add(arena_off),
-                    "a thread's arena pointer",
-                )?;
+                let a = read(input.host, t.fs_base.add(arena_off), "a thread's arena pointer")?;
                 extra += u64::from(a == input.heap.main_arena);
             }
         }
@@ -390,10 +333,7 @@ fn threads(
             findings.push(super::finding(
                 proto::Severity::Warning,
                 "malloc-tcache-lost",
-                format!(
-                    "old thread {} has no successor: the chunks in its tcache stay allocated",
-                    c.old_tid
-                ),
+                format!("old thread {} has no successor: the chunks in its tcache stay allocated", c.old_tid),
                 "",
             ));
         }
@@ -404,24 +344,14 @@ fn threads(
 
 /// `mp_` (`struct malloc_par`): counters summed, limits the larger ones. Found by its tcache parameters
 /// (bins, largest size, entries a bin, unsorted limit) behind `n_mmaps_max`; left alone when not certain.
-fn params(
-    input: &MallocInput<'_>,
-    out: &mut Overlay<'_>,
-    findings: &mut Vec<proto::Finding>,
-) -> bool {
+fn params(input: &MallocInput<'_>, out: &mut Overlay<'_>, findings: &mut Vec<proto::Finding>) -> bool {
     let mut found = Vec::new();
     for span in &input.libc_data {
         let Ok(b) = input.host.bytes(span.start, span.len() as usize) else {
             continue;
         };
-        let word = |i: usize| {
-            b.get(i..i + 8)
-                .map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default()))
-        };
-        let half = |i: usize| {
-            b.get(i..i + 4)
-                .map(|w| u32::from_le_bytes(w.try_into().unwrap_or_default()))
-        };
+        let word = |i: usize| b.get(i..i + 8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default()));
+        let half = |i: usize| b.get(i..i + 4).map(|w| u32::from_le_bytes(w.try_into().unwrap_or_default()));
         for i in (0x70..b.len().saturating_sub(0x20)).step_by(8) {
             if (word(i), word(i + 8), word(i + 16)) != (Some(64), Some(1032), Some(7)) {
                 continue;

@@ -19,11 +19,7 @@ pub(super) fn check(
     let mut seen = 0;
     for &arena in arenas {
         for i in 0..127 {
-            seen += bin(
-                mem,
-                layout.bin(arena, i),
-                &format!("bin {i} of arena {arena}"),
-            )?;
+            seen += bin(mem, layout.bin(arena, i), &format!("bin {i} of arena {arena}"))?;
         }
         if let Some(fast) = layout.fastbins(arena) {
             for i in 0..10 {
@@ -66,9 +62,7 @@ fn bin(mem: &dyn Memory, head: Addr, what: &str) -> Result<usize, String> {
         }
         let next = p.add(size);
         if word(mem, next, what)? != size {
-            return Err(format!(
-                "{what}: the chunk after {p} does not know its size {size:#x}"
-            ));
+            return Err(format!("{what}: the chunk after {p} does not know its size {size:#x}"));
         }
         if word(mem, next.add(8), what)? & PREV_INUSE != 0 {
             return Err(format!("{what}: chunk {p} is in a bin and marked in use"));
@@ -89,14 +83,10 @@ fn top(mem: &dyn Memory, layout: ArenaLayout, arena: Addr) -> Result<(), String>
     let head = word(mem, top.add(8), "top")?;
     let size = head & !7;
     if head & PREV_INUSE == 0 {
-        return Err(format!(
-            "the top {top} of arena {arena} lies behind a free chunk"
-        ));
+        return Err(format!("the top {top} of arena {arena} lies behind a free chunk"));
     }
     if size < 0x20 || (top.0 + size) & 0xfff != 0 {
-        return Err(format!(
-            "the top {top} of arena {arena} has size {size:#x} and ends off a page border"
-        ));
+        return Err(format!("the top {top} of arena {arena} has size {size:#x} and ends off a page border"));
     }
     word(mem, top.add(size - 8), "end of top").map(|_| ())
 }
@@ -125,9 +115,7 @@ fn chain(mem: &dyn Memory, first: u64, link: u64, what: &str, max: usize) -> Res
         } else if raw & 15 == 0 && (raw == 0 || mem.u64(Addr(raw)).is_ok()) {
             raw
         } else {
-            return Err(format!(
-                "{what}: the link of {p:#x} is {raw:#x}, which is no address"
-            ));
+            return Err(format!("{what}: the link of {p:#x} is {raw:#x}, which is no address"));
         };
     }
     Ok(seen)
@@ -135,18 +123,13 @@ fn chain(mem: &dyn Memory, first: u64, link: u64, what: &str, max: usize) -> Res
 
 /// `tcache_perthread_struct` of 2.30–2.41: 64 counts of 16 bits, 64 entries.
 fn tcache(mem: &dyn Memory, at: Addr) -> Result<usize, String> {
-    let head = mem
-        .u64(Addr(at.0.wrapping_sub(8)))
-        .map_err(|e| format!("tcache {at}: {e}"))?
-        & !7;
+    let head = mem.u64(Addr(at.0.wrapping_sub(8))).map_err(|e| format!("tcache {at}: {e}"))? & !7;
     if head != 0x290 {
         return Ok(0); // another version's structure: left to the heap walk
     }
     let mut seen = 0;
     for i in 0..64u64 {
-        let b = mem
-            .bytes(at.add(2 * i), 2)
-            .map_err(|e| format!("tcache {at}: {e}"))?;
+        let b = mem.bytes(at.add(2 * i), 2).map_err(|e| format!("tcache {at}: {e}"))?;
         let count = usize::from(u16::from_le_bytes([b[0], b[1]]));
         let what = format!("tcache {at} bin {i}");
         let first = word(mem, at.add(128 + 8 * i), &what)?;

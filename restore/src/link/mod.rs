@@ -79,11 +79,8 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     let native_heap = GlibcHeap::read(input.host, &native_threads, &native_vmas(booted))
         .map_err(|e| heap_refusal("new", &e.to_string()))?;
 
-    let frames: Vec<(Tid, Vec<Frame>)> = booted
-        .threads
-        .iter()
-        .map(|t| (t.tid, unwind(input.modules, input.host, &t.regs).frames))
-        .collect();
+    let frames: Vec<(Tid, Vec<Frame>)> =
+        booted.threads.iter().map(|t| (t.tid, unwind(input.modules, input.host, &t.regs).frames)).collect();
     let sites = locals::Sites::read(input.types, input.host, booted.new_base, &frames);
     let layout = globals::Layout {
         booted,
@@ -91,35 +88,17 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         sites: &sites,
         old_pid: process.pid,
     };
-    let moved: HashMap<u64, u64> = patch
-        .objects
-        .iter()
-        .filter(|o| o.moved)
-        .map(|o| (o.old_addr, o.addr))
-        .collect();
+    let moved: HashMap<u64, u64> =
+        patch.objects.iter().filter(|o| o.moved).map(|o| (o.old_addr, o.addr)).collect();
     let translate_old = |a: u64| moved.get(&a).copied().unwrap_or(a);
-    let streams = input
-        .old_modules
-        .libc()
-        .and_then(|m| libc::StreamSymbols::find(|n| m.symbol(n)));
+    let streams = input.old_modules.libc().and_then(|m| libc::StreamSymbols::find(|n| m.symbol(n)));
 
     let mut pairs = Pairs::new(input.types, &view, &native_heap, &old_heap, regions.clone());
-    walk(
-        input,
-        &layout,
-        &sites,
-        &translate_old,
-        streams.as_ref(),
-        &mut pairs,
-    )?;
+    walk(input, &layout, &sites, &translate_old, streams.as_ref(), &mut pairs)?;
 
     let mut state = State {
         out,
-        regs: booted
-            .threads
-            .iter()
-            .map(|t| (t.tid, t.regs))
-            .collect::<BTreeMap<_, _>>(),
+        regs: booted.threads.iter().map(|t| (t.tid, t.regs)).collect::<BTreeMap<_, _>>(),
         set: BTreeSet::new(),
         findings,
         stats: LinkStats::default(),
@@ -152,12 +131,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         host: input.host,
         libc_data: libc_module.map_or_else(Vec::new, |m| scan::writable(booted, m.start, m.end)),
         curbrk: libc_module.and_then(|m| m.symbol("__curbrk")),
-        region_bytes: patch
-            .regions
-            .iter()
-            .filter(|r| r.malloc_chunks)
-            .map(|r| r.content.len() as u64)
-            .sum(),
+        region_bytes: patch.regions.iter().filter(|r| r.malloc_chunks).map(|r| r.content.len() as u64).sum(),
     };
     let heap_used = heap_info.main_arena != 0 && !old_heap.arenas.is_empty();
     if heap_used {
@@ -218,27 +192,14 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
 }
 
 fn finish(input: &LinkInput<'_>, state: State<'_>, calls: Vec<KernelCall>) -> WriteList {
-    let State {
-        out,
-        regs,
-        mut findings,
-        mut stats,
-        ..
-    } = state;
+    let State { out, regs, mut findings, mut stats, .. } = state;
     let memory = out.into_writes();
     stats.bytes = memory.iter().map(|w| w.bytes.len()).sum();
     let registers = input
         .booted
         .threads
         .iter()
-        .filter_map(|t| {
-            regs.get(&t.tid)
-                .filter(|r| **r != t.regs)
-                .map(|r| RegWrite {
-                    tid: t.tid,
-                    regs: *r,
-                })
-        })
+        .filter_map(|t| regs.get(&t.tid).filter(|r| **r != t.regs).map(|r| RegWrite { tid: t.tid, regs: *r }))
         .collect();
     if stats.stale_words > 0 {
         findings.push(finding(
@@ -251,13 +212,7 @@ fn finish(input: &LinkInput<'_>, state: State<'_>, calls: Vec<KernelCall>) -> Wr
             "",
         ));
     }
-    WriteList {
-        memory,
-        registers,
-        calls,
-        findings,
-        stats,
-    }
+    WriteList { memory, registers, calls, findings, stats }
 }
 
 fn heap_refusal(whose: &str, why: &str) -> Refusal {
@@ -276,31 +231,15 @@ fn map_regions(
 ) -> Result<Vec<Span>, Refusal> {
     let mut spans = Vec::new();
     for r in &patch.regions {
-        let span = Span::new(
-            Addr(r.start),
-            Addr((r.start + r.content.len() as u64 + 4095) & !4095),
-        );
-        let hit: u64 = booted
-            .vmas
-            .iter()
-            .map(|v| {
-                v.end
-                    .min(span.end.0)
-                    .saturating_sub(v.start.max(span.start.0))
-            })
-            .sum();
+        let span = Span::new(Addr(r.start), Addr((r.start + r.content.len() as u64 + 4095) & !4095));
+        let hit: u64 =
+            booted.vmas.iter().map(|v| v.end.min(span.end.0).saturating_sub(v.start.max(span.start.0))).sum();
         if hit == 0 {
-            calls.push(KernelCall::Map {
-                start: span.start,
-                len: span.len(),
-            });
+            calls.push(KernelCall::Map { start: span.start, len: span.len() });
         } else if hit < span.len() || booted.is_retained(span.start) {
             return Err(Refusal::new(
                 "region",
-                format!(
-                    "the place for moved objects at {} is taken in the new version",
-                    span.start
-                ),
+                format!("the place for moved objects at {} is taken in the new version", span.start),
                 "make the update image again; it will choose another place",
             ));
         }
@@ -378,10 +317,7 @@ fn walk(
     }
     for v in &patch.tls {
         let at = layout.tls(v.old_tid, v.new_tls_offset, &v.name)?;
-        let Some(var) = input
-            .types
-            .globals_named(&v.name)
-            .find(|g| g.place.tls() == Some(v.new_tls_offset))
+        let Some(var) = input.types.globals_named(&v.name).find(|g| g.place.tls() == Some(v.new_tls_offset))
         else {
             continue;
         };
@@ -389,35 +325,18 @@ fn walk(
     }
     for g in &patch.globals {
         let link = Some(mcr_image::LinkAddr(g.new_link_addr));
-        let Some(var) = input
-            .types
-            .globals_named(&g.name)
-            .find(|v| v.place.link() == link)
-        else {
+        let Some(var) = input.types.globals_named(&g.name).find(|v| v.place.link() == link) else {
             continue;
         };
-        let name = if g.function.is_empty() {
-            g.name.clone()
-        } else {
-            format!("{}::{}", g.function, g.name)
-        };
-        pairs.root(
-            var.ty,
-            Side::At(layout.global(g.new_link_addr)),
-            Side::In(&g.content, 0),
-            &name,
-            false,
-        );
+        let name = if g.function.is_empty() { g.name.clone() } else { format!("{}::{}", g.function, g.name) };
+        pairs.root(var.ty, Side::At(layout.global(g.new_link_addr)), Side::In(&g.content, 0), &name, false);
     }
     for e in &booted.epolls {
         let Some(old_fd) = e.old_fd else { continue };
         let old = kernel::old_watches(input.process, old_fd);
         for w in &e.watches {
-            let number = booted
-                .fds
-                .iter()
-                .find(|m| m.new_fd.0 as u32 == w.fd)
-                .map_or(w.fd, |m| m.old_fd.0 as u32);
+            let number =
+                booted.fds.iter().find(|m| m.new_fd.0 as u32 == w.fd).map_or(w.fd, |m| m.old_fd.0 as u32);
             let Some(o) = old.iter().find(|o| o.fd == number) else {
                 continue;
             };
@@ -425,31 +344,20 @@ fn walk(
                 .epoll
                 .iter()
                 .find(|c| c.epoll_fd == old_fd.0 as u32 && c.fd == o.fd && c.old_data == o.data);
-            let data = change.map_or(translate_old(o.data), |c| {
-                if c.reloc.is_some() { 0 } else { c.new_data }
-            });
+            let data =
+                change.map_or(translate_old(o.data), |c| if c.reloc.is_some() { 0 } else { c.new_data });
             let path = format!("epoll {}: data of fd {}", e.fd, w.fd);
             pairs.words(w.data, data, &path, Evidence::Direct);
         }
     }
     for t in &booted.threads {
         let Some(old) = t.old_tid else { continue };
-        let Some(call) = input
-            .process
-            .threads
-            .iter()
-            .find(|o| o.tid == old.0 as u32)
-            .and_then(|o| o.syscall.as_ref())
+        let Some(call) =
+            input.process.threads.iter().find(|o| o.tid == old.0 as u32).and_then(|o| o.syscall.as_ref())
         else {
             continue;
         };
-        for (i, (n, o)) in t
-            .args
-            .iter()
-            .zip(&call.args)
-            .take(scan::arguments(t.syscall))
-            .enumerate()
-        {
+        for (i, (n, o)) in t.args.iter().zip(&call.args).take(scan::arguments(t.syscall)).enumerate() {
             let name = mcr_image::syscalls::name(t.syscall).unwrap_or("call");
             pairs.words(
                 *n,
@@ -461,12 +369,7 @@ fn walk(
     }
     if let Some(syms) = streams {
         for (n, o, fd) in libc::by_descriptor(input.old, input.host, syms) {
-            pairs.words(
-                n.0,
-                translate_old(o.0),
-                &format!("FILE on fd {fd}"),
-                Evidence::Array,
-            );
+            pairs.words(n.0, translate_old(o.0), &format!("FILE on fd {fd}"), Evidence::Array);
         }
     }
     Ok(())
@@ -493,10 +396,7 @@ fn syncs(input: &LinkInput<'_>, pairs: &Pairs<'_>, state: &mut State<'_>) {
         state.find(
             proto::Severity::Warning,
             "lock-held",
-            format!(
-                "{} at {:#x} was held by thread {} and stays so",
-                s.type_name, s.addr, s.owner_tid
-            ),
+            format!("{} at {:#x} was held by thread {} and stays so", s.type_name, s.addr, s.owner_tid),
             &s.path,
         );
     }
@@ -511,41 +411,21 @@ fn written_ranges(
 ) -> Vec<(Addr, u64, String)> {
     let mut v = Vec::new();
     for g in &patch.globals {
-        v.push((
-            layout.global(g.new_link_addr),
-            g.content.len() as u64,
-            format!("global {}", g.name),
-        ));
+        v.push((layout.global(g.new_link_addr), g.content.len() as u64, format!("global {}", g.name)));
     }
     for (t, at) in patch.tls.iter().zip(tls) {
-        v.push((
-            *at,
-            t.content.len() as u64,
-            format!("thread-local {}", t.name),
-        ));
+        v.push((*at, t.content.len() as u64, format!("thread-local {}", t.name)));
     }
     for (l, at) in patch.locals.iter().zip(locals) {
         if let Some(Target::Memory(a)) = at {
-            v.push((
-                *a,
-                l.content.len() as u64,
-                format!("local {}::{}", l.function, l.variable),
-            ));
+            v.push((*a, l.content.len() as u64, format!("local {}::{}", l.function, l.variable)));
         }
     }
     for r in &patch.regions {
-        v.push((
-            Addr(r.start),
-            r.content.len() as u64,
-            "moved objects".to_owned(),
-        ));
+        v.push((Addr(r.start), r.content.len() as u64, "moved objects".to_owned()));
     }
     for w in &patch.writes {
-        v.push((
-            Addr(w.addr),
-            w.content.len() as u64,
-            "a re-laid-out object".to_owned(),
-        ));
+        v.push((Addr(w.addr), w.content.len() as u64, "a re-laid-out object".to_owned()));
     }
     v
 }

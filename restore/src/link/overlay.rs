@@ -14,10 +14,7 @@ impl<'a> Overlay<'a> {
     /// Nothing written yet.
     #[must_use]
     pub fn new(base: &'a dyn Memory) -> Self {
-        Self {
-            base,
-            runs: BTreeMap::new(),
-        }
+        Self { base, runs: BTreeMap::new() }
     }
 
     /// Lays `bytes` over `addr`.
@@ -60,10 +57,7 @@ impl<'a> Overlay<'a> {
     /// Whether any byte of the range has been written.
     #[must_use]
     pub fn touched(&self, addr: Addr, len: u64) -> bool {
-        self.runs
-            .range(..addr.0 + len)
-            .next_back()
-            .is_some_and(|(s, b)| s + b.len() as u64 > addr.0)
+        self.runs.range(..addr.0 + len).next_back().is_some_and(|(s, b)| s + b.len() as u64 > addr.0)
     }
 
     /// Bytes written so far.
@@ -91,17 +85,10 @@ impl Memory for Overlay<'_> {
     fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
         let (start, end) = (addr.0, addr.0.wrapping_add(buf.len() as u64));
         if end < start {
-            return Err(MemoryError::Unmapped {
-                addr,
-                len: buf.len(),
-            });
+            return Err(MemoryError::Unmapped { addr, len: buf.len() });
         }
         let mut covered = false;
-        let first = self
-            .runs
-            .range(..=start)
-            .next_back()
-            .map_or(start, |(s, _)| *s);
+        let first = self.runs.range(..=start).next_back().map_or(start, |(s, _)| *s);
         if let Some((s, b)) = self.runs.range(first..end).next() {
             covered = *s <= start && s + b.len() as u64 >= end;
         }
@@ -158,10 +145,7 @@ pub(crate) mod test {
                     return Ok(());
                 }
             }
-            Err(MemoryError::Unmapped {
-                addr,
-                len: buf.len(),
-            })
+            Err(MemoryError::Unmapped { addr, len: buf.len() })
         }
         fn regions(&self) -> Vec<Region> {
             self.0
@@ -185,22 +169,13 @@ pub(crate) mod test {
         o.write(Addr(0x1004), &[3; 16]);
         assert_eq!(
             o.bytes(Addr(0x1000), 32).unwrap()[..24],
-            [
-                [1, 1, 1, 1, 3, 3, 3, 3],
-                [3, 3, 3, 3, 3, 3, 3, 3],
-                [3, 3, 3, 3, 2, 2, 2, 2]
-            ]
-            .concat()
+            [[1, 1, 1, 1, 3, 3, 3, 3], [3, 3, 3, 3, 3, 3, 3, 3], [3, 3, 3, 3, 2, 2, 2, 2]].concat()
         );
         o.write(Addr(0x1006), &[9]);
         assert_eq!(o.bytes(Addr(0x1006), 1).unwrap(), [9]);
         o.write(Addr(0x1030), &[0; 4]);
         let w = o.into_writes();
-        assert_eq!(
-            w.len(),
-            1,
-            "a write that changes nothing is left out: {w:?}"
-        );
+        assert_eq!(w.len(), 1, "a write that changes nothing is left out: {w:?}");
         assert_eq!((w[0].addr, w[0].bytes.len()), (Addr(0x1000), 24));
     }
 
@@ -211,18 +186,12 @@ pub(crate) mod test {
         let mut o = Overlay::new(&base);
         let mut x = 12345u64;
         for i in 0..500u64 {
-            x = x
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let at = (x >> 33) as usize % 240;
             let len = 1 + (x >> 20) as usize % 16;
             o.write(Addr(0x1000 + at as u64), &vec![i as u8; len]);
             plain[at..at + len].fill(i as u8);
-            assert_eq!(
-                o.bytes(Addr(0x1000), 256).unwrap(),
-                plain,
-                "after write {i}"
-            );
+            assert_eq!(o.bytes(Addr(0x1000), 256).unwrap(), plain, "after write {i}");
         }
         let mut at = 0;
         for w in o.into_writes() {

@@ -154,15 +154,7 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    fn value(
-        &mut self,
-        ty: TypeId,
-        native: Side<'_>,
-        old: Side<'_>,
-        path: &str,
-        ev: Evidence,
-        own: bool,
-    ) {
+    fn value(&mut self, ty: TypeId, native: Side<'_>, old: Side<'_>, path: &str, ev: Evidence, own: bool) {
         self.steps += 1;
         if self.steps > MAX_STEPS {
             return;
@@ -174,12 +166,7 @@ impl<'a> Pairs<'a> {
                 && self.sync_seen.insert((n.0, o.0))
             {
                 let size = types.size_of(ty);
-                self.syncs.push(SyncPair {
-                    native: n,
-                    old: o,
-                    size,
-                    path: path.to_owned(),
-                });
+                self.syncs.push(SyncPair { native: n, old: o, size, path: path.to_owned() });
             }
             return;
         }
@@ -188,11 +175,7 @@ impl<'a> Pairs<'a> {
                 let (Some(n), Some(o)) = (native.word(self.view), old.word(self.view)) else {
                     return;
                 };
-                let ev = if !own && self.is_recursive(*to) {
-                    ev.max(Evidence::List)
-                } else {
-                    ev
-                };
+                let ev = if !own && self.is_recursive(*to) { ev.max(Evidence::List) } else { ev };
                 self.pointer(*to, n, o, path, ev);
             }
             Type::Record(r) if r.kind == mcr_transform::types::RecordKind::Struct => {
@@ -200,15 +183,8 @@ impl<'a> Pairs<'a> {
                     if m.bits.is_some() {
                         continue;
                     }
-                    let sep = if path.is_empty() || path.ends_with("->") {
-                        ""
-                    } else {
-                        "."
-                    };
-                    let p = m
-                        .name
-                        .as_ref()
-                        .map_or_else(|| path.to_owned(), |n| format!("{path}{sep}{n}"));
+                    let sep = if path.is_empty() || path.ends_with("->") { "" } else { "." };
+                    let p = m.name.as_ref().map_or_else(|| path.to_owned(), |n| format!("{path}{sep}{n}"));
                     self.value(m.ty, native.add(m.offset), old.add(m.offset), &p, ev, own);
                 }
             }
@@ -221,10 +197,7 @@ impl<'a> Pairs<'a> {
                     }
                 }
             }
-            Type::Array {
-                element,
-                count: Some(count),
-            } => {
+            Type::Array { element, count: Some(count) } => {
                 let size = types.size_of(*element);
                 if size == 0 || !self.has_pointers(*element) {
                     return;
@@ -232,14 +205,7 @@ impl<'a> Pairs<'a> {
                 for i in 0..(*count).min(1 << 20) {
                     let p = format!("{path}[{i}]");
                     let at = i * size;
-                    self.value(
-                        *element,
-                        native.add(at),
-                        old.add(at),
-                        &p,
-                        ev.max(Evidence::Array),
-                        own,
-                    );
+                    self.value(*element, native.add(at), old.add(at), &p, ev.max(Evidence::Array), own);
                 }
             }
             _ => {}
@@ -264,12 +230,7 @@ impl<'a> Pairs<'a> {
                 c.evidence = ev;
                 path.clone_into(&mut c.path);
             }
-            None => list.push(Candidate {
-                delta,
-                old: Addr(old),
-                evidence: ev,
-                path: path.to_owned(),
-            }),
+            None => list.push(Candidate { delta, old: Addr(old), evidence: ev, path: path.to_owned() }),
         }
         let back = self.by_old.entry(n.addr.0.wrapping_add(delta)).or_default();
         if !back.contains(&(n.addr, ev)) {
@@ -280,8 +241,7 @@ impl<'a> Pairs<'a> {
         }
         let size = self.types.size_of(to);
         if size > 0 && size <= n.end().since(Addr(native)) {
-            self.queue
-                .push_back((to, Addr(native), Addr(old), format!("{path}->"), ev));
+            self.queue.push_back((to, Addr(native), Addr(old), format!("{path}->"), ev));
             // Behind the first object: more of its kind, or something else. Same offset, weak.
             self.opaque(n.end(), native + size, delta, path, ev);
         } else if size == 0 {
@@ -300,30 +260,22 @@ impl<'a> Pairs<'a> {
             return;
         }
         let len = (len & !7) as usize;
-        let (Ok(n), Ok(o)) = (
-            self.view.bytes(Addr(from), len),
-            self.view.bytes(Addr(from.wrapping_add(delta)), len),
-        ) else {
+        let (Ok(n), Ok(o)) =
+            (self.view.bytes(Addr(from), len), self.view.bytes(Addr(from.wrapping_add(delta)), len))
+        else {
             return;
         };
         let word = |b: &[u8]| u64::from_le_bytes(b.try_into().unwrap_or_default());
         for (i, (n, o)) in n.chunks_exact(8).zip(o.chunks_exact(8)).enumerate() {
             let (n, o) = (word(n), word(o));
             if n != 0 && o != 0 && n != o && self.native_heap.find(Addr(n)).is_some() {
-                self.pointer(
-                    TypeId::VOID,
-                    n,
-                    o,
-                    &format!("{path}->+{:#x}", 8 * i),
-                    ev.max(Evidence::Opaque),
-                );
+                self.pointer(TypeId::VOID, n, o, &format!("{path}->+{:#x}", 8 * i), ev.max(Evidence::Opaque));
             }
         }
     }
 
     fn is_old_object(&self, a: Addr) -> bool {
-        self.old_heap.find(a).is_some_and(|c| c.state.in_use())
-            || self.regions.iter().any(|r| r.contains(a))
+        self.old_heap.find(a).is_some_and(|c| c.state.in_use()) || self.regions.iter().any(|r| r.contains(a))
     }
 
     /// The record has a pointer to its own kind.
@@ -368,11 +320,7 @@ impl<'a> Pairs<'a> {
         let Some(list) = self.candidates.get(&chunk.0) else {
             return Verdict::Unknown;
         };
-        let best = list
-            .iter()
-            .map(|c| c.evidence)
-            .min()
-            .unwrap_or(Evidence::Opaque);
+        let best = list.iter().map(|c| c.evidence).min().unwrap_or(Evidence::Opaque);
         let mut strongest = list.iter().filter(|c| c.evidence == best);
         let Some(first) = strongest.next() else {
             return Verdict::Unknown;
@@ -382,24 +330,14 @@ impl<'a> Pairs<'a> {
         }
         // The same old object claimed by another start-up object with evidence at least as strong.
         let mine = chunk.0.wrapping_add(first.delta);
-        let rival = self
-            .by_old
-            .get(&mine)
-            .into_iter()
-            .flatten()
-            .find(|(n, ev)| *n != chunk && *ev <= best);
+        let rival = self.by_old.get(&mine).into_iter().flatten().find(|(n, ev)| *n != chunk && *ev <= best);
         if let Some((n, ev)) = rival {
             let path = self
                 .candidates
                 .get(&n.0)
                 .and_then(|l| l.iter().find(|c| n.0.wrapping_add(c.delta) == mine))
                 .map_or_else(String::new, |c| c.path.clone());
-            let other = Candidate {
-                delta: first.delta,
-                old: *n,
-                evidence: *ev,
-                path,
-            };
+            let other = Candidate { delta: first.delta, old: *n, evidence: *ev, path };
             return Verdict::Contradiction(first.clone(), other);
         }
         Verdict::Paired(first.clone())

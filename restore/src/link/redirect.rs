@@ -94,11 +94,7 @@ impl<'a> Redirect<'a> {
         };
         if !c.state.in_use() {
             if c.state != ChunkState::Allocator && *holder == Holder::Argument {
-                return Err(unpaired(
-                    word,
-                    path,
-                    "is free memory of the new version's heap",
-                ));
+                return Err(unpaired(word, path, "is free memory of the new version's heap"));
             }
             return Ok(None);
         }
@@ -121,10 +117,7 @@ impl<'a> Redirect<'a> {
                     )
                     .at(p.path));
                 }
-                if p.evidence >= Evidence::List
-                    && self.weak.insert(c.addr.0)
-                    && *holder != Holder::Stack
-                {
+                if p.evidence >= Evidence::List && self.weak.insert(c.addr.0) && *holder != Holder::Stack {
                     state.find(
                         proto::Severity::Info,
                         "pair-weak",
@@ -172,10 +165,7 @@ impl<'a> Redirect<'a> {
                     self.survive(c.addr, c.usable, path);
                     Ok(None)
                 }
-                Holder::Local { in_old: false }
-                | Holder::Thread
-                | Holder::Global
-                | Holder::Heap => {
+                Holder::Local { in_old: false } | Holder::Thread | Holder::Global | Holder::Heap => {
                     self.survive(c.addr, c.usable, path);
                     Ok(None)
                 }
@@ -259,11 +249,7 @@ impl<'a> Redirect<'a> {
     pub fn follow(&mut self, state: &mut State<'_>) -> Result<(), Refusal> {
         while let Some((chunk, usable)) = self.todo.pop() {
             let from = self.survivors.get(&chunk.0).cloned().unwrap_or_default();
-            let from = if from.len() > 200 {
-                "...".to_owned()
-            } else {
-                from
-            };
+            let from = if from.len() > 200 { "...".to_owned() } else { from };
             self.range(
                 chunk,
                 chunk.add(usable),

@@ -29,13 +29,10 @@ pub(super) fn arguments(nr: i64) -> usize {
     match mcr_image::syscalls::name(nr) {
         Some("pause" | "getpid" | "sched_yield") => 0,
         Some("nanosleep" | "rt_sigsuspend") => 2,
-        Some(
-            "read" | "write" | "readv" | "writev" | "accept" | "poll" | "recvmsg" | "sendmsg"
-            | "flock",
-        ) => 3,
-        Some(
-            "epoll_wait" | "clock_nanosleep" | "wait4" | "rt_sigtimedwait" | "accept4" | "pread64",
-        ) => 4,
+        Some("read" | "write" | "readv" | "writev" | "accept" | "poll" | "recvmsg" | "sendmsg" | "flock") => {
+            3
+        }
+        Some("epoll_wait" | "clock_nanosleep" | "wait4" | "rt_sigtimedwait" | "accept4" | "pread64") => 4,
         Some("select" | "ppoll" | "waitid" | "semtimedop") => 5,
         _ => 6,
     }
@@ -60,11 +57,7 @@ pub(super) fn old_variables(input: &LinkInput<'_>) -> HashSet<(Tid, String, Stri
         let Some(regs) = Regs::from_words(&t.regs) else {
             continue;
         };
-        for f in unwind(input.old_modules, input.old, &regs)
-            .frames
-            .iter()
-            .filter(|f| f.in_program())
-        {
+        for f in unwind(input.old_modules, input.old, &regs).frames.iter().filter(|f| f.in_program()) {
             let function = f.base_name().unwrap_or_default().to_owned();
             let bias = f.module.as_ref().map_or(Addr(0), |m| m.bias);
             for l in types.locals_at(f, input.old, bias) {
@@ -94,10 +87,7 @@ pub(super) fn threads(
         }
         registers(t, &owned, redirect, state)?;
         let empty = Vec::new();
-        let unwound = frames
-            .iter()
-            .find(|f| f.0 == t.tid)
-            .map_or(&empty, |f| &f.1);
+        let unwound = frames.iter().find(|f| f.0 == t.tid).map_or(&empty, |f| &f.1);
         for (i, f) in unwound.iter().enumerate() {
             for r in SAVED {
                 let Some(at) = f.saved_at[r as usize] else {
@@ -126,19 +116,9 @@ pub(super) fn threads(
             .or_else(|| vma_of(input.booted, Addr(t.regs.rsp)))
             .unwrap_or(Span::new(rsp, rsp));
         let block = Span::new(Addr(t.fs_base.0 - tls_total), t.fs_base.add(PTHREAD));
-        let end = if stack.contains(t.fs_base) {
-            block.start
-        } else {
-            stack.end
-        };
+        let end = if stack.contains(t.fs_base) { block.start } else { stack.end };
         let tid = t.tid;
-        redirect.range(
-            rsp,
-            end,
-            &Holder::Stack,
-            |a| format!("thread {tid}: stack word at {a}"),
-            state,
-        )?;
+        redirect.range(rsp, end, &Holder::Stack, |a| format!("thread {tid}: stack word at {a}"), state)?;
         redirect.range(
             block.start,
             block.end,
@@ -168,11 +148,7 @@ fn tls_bytes(input: &LinkInput<'_>) -> u64 {
 }
 
 fn vma_of(booted: &Booted, a: Addr) -> Option<Span> {
-    booted
-        .vmas
-        .iter()
-        .find(|v| v.start <= a.0 && a.0 < v.end)
-        .map(|v| Span::new(Addr(v.start), Addr(v.end)))
+    booted.vmas.iter().find(|v| v.start <= a.0 && a.0 < v.end).map(|v| Span::new(Addr(v.start), Addr(v.end)))
 }
 
 fn variable(
@@ -189,39 +165,22 @@ fn variable(
     };
     let path = format!("{}::{}", site.function, site.local.name);
     let known = |old: Tid| in_old.contains(&(old, site.function.clone(), site.local.name.clone()));
-    let holder = Holder::Local {
-        in_old: t.old_tid.is_some_and(known),
-    };
+    let holder = Holder::Local { in_old: t.old_tid.is_some_and(known) };
     match target {
         Target::Memory(at) => {
             let in_register = matches!(site.local.place, LocalPlace::Register { .. });
-            let size = if in_register {
-                8
-            } else {
-                input.types.size_of(site.local.ty)
-            };
+            let size = if in_register { 8 } else { input.types.size_of(site.local.ty) };
             for i in 0..size / 8 {
                 owned.insert(Target::Memory(at.add(8 * i)));
             }
-            redirect.range(
-                at,
-                at.add(size),
-                &holder,
-                |a| at_offset(&path, a.since(at)),
-                state,
-            )
+            redirect.range(at, at.add(size), &holder, |a| at_offset(&path, a.since(at)), state)
         }
         Target::Register(tid, r) => {
             owned.insert(target);
             if state.set.contains(&(tid, r)) {
                 return Ok(());
             }
-            let Some(w) = state
-                .regs
-                .get_mut(&tid)
-                .and_then(|g| register(g, r))
-                .map(|w| *w)
-            else {
+            let Some(w) = state.regs.get_mut(&tid).and_then(|g| register(g, r)).map(|w| *w) else {
                 return Ok(());
             };
             if let Some(to) = redirect.word(w, &holder, &path, state)? {
@@ -233,11 +192,7 @@ fn variable(
 }
 
 fn at_offset(path: &str, offset: u64) -> String {
-    if offset == 0 {
-        path.to_owned()
-    } else {
-        format!("{path}+{offset:#x}")
-    }
+    if offset == 0 { path.to_owned() } else { format!("{path}+{offset:#x}") }
 }
 
 fn put_register(tid: Tid, r: u16, value: u64, state: &mut State<'_>) {
@@ -254,22 +209,14 @@ fn registers(
     state: &mut State<'_>,
 ) -> Result<(), Refusal> {
     let call = mcr_image::syscalls::name(t.syscall).unwrap_or("a system call");
-    let args = ARGS
-        .iter()
-        .take(arguments_of(t))
-        .map(|r| (*r, Holder::Argument));
+    let args = ARGS.iter().take(arguments_of(t)).map(|r| (*r, Holder::Argument));
     for (r, holder) in args.chain(SAVED.iter().map(|r| (*r, Holder::Register))) {
         if state.set.contains(&(t.tid, r))
             || (holder == Holder::Register && owned.contains(&Target::Register(t.tid, r)))
         {
             continue;
         }
-        let Some(w) = state
-            .regs
-            .get_mut(&t.tid)
-            .and_then(|g| register(g, r))
-            .map(|w| *w)
-        else {
+        let Some(w) = state.regs.get_mut(&t.tid).and_then(|g| register(g, r)).map(|w| *w) else {
             continue;
         };
         let name = Regs::DWARF_NAMES[r as usize];
@@ -297,13 +244,8 @@ pub(super) fn writable(booted: &Booted, start: Addr, end: Addr) -> Vec<Span> {
 
 /// Libraries whose data is process state of the new version.
 fn is_libc_family(path: &std::path::Path) -> bool {
-    let name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    ["libc.so", "libc-", "ld-", "libpthread", "librt", "libdl"]
-        .iter()
-        .any(|p| name.starts_with(p))
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    ["libc.so", "libc-", "ld-", "libpthread", "librt", "libdl"].iter().any(|p| name.starts_with(p))
 }
 
 /// Unchanged libraries take old's data.
@@ -323,19 +265,11 @@ pub(super) fn library_data(input: &LinkInput<'_>, state: &mut State<'_>) {
                 ),
             }
         }
-        if input
-            .modules
-            .modules()
-            .iter()
-            .any(|n| n.start == m.start && n.elf.tls().is_some())
-        {
+        if input.modules.modules().iter().any(|n| n.start == m.start && n.elf.tls().is_some()) {
             state.find(
                 proto::Severity::Info,
                 "library-tls",
-                format!(
-                    "{}: thread-local data stays the new version's",
-                    m.path.display()
-                ),
+                format!("{}: thread-local data stays the new version's", m.path.display()),
                 "",
             );
         }
@@ -379,20 +313,12 @@ pub(super) fn other_data(
         for s in writable(booted, m.start, m.end) {
             seen.insert(s.start.0, s.end.0);
             let what = m.path.display().to_string();
-            redirect.range(
-                s.start,
-                s.end,
-                &Holder::Library,
-                |a| format!("{what} at {a}"),
-                state,
-            )?;
+            redirect.range(s.start, s.end, &Holder::Library, |a| format!("{what} at {a}"), state)?;
         }
     }
     let exe = booted.modules.iter().find(|m| m.is_exe);
-    for v in booted
-        .vmas
-        .iter()
-        .filter(|v| v.kind() == proto::VmaKind::VmaAnonPrivate && v.prot & PROT_WRITE != 0)
+    for v in
+        booted.vmas.iter().filter(|v| v.kind() == proto::VmaKind::VmaAnonPrivate && v.prot & PROT_WRITE != 0)
     {
         for n in &booted.native {
             let s = Span::new(Addr(v.start.max(n.start.0)), Addr(v.end.min(n.end.0)));
@@ -400,10 +326,7 @@ pub(super) fn other_data(
                 || s.len() > MAX_MAPPING
                 || seen.contains_key(&s.start.0)
                 || stacks.iter().any(|a| s.contains(*a))
-                || native
-                    .segments
-                    .iter()
-                    .any(|g| g.start < s.end && s.start < g.end)
+                || native.segments.iter().any(|g| g.start < s.end && s.start < g.end)
                 || exe.is_some_and(|e| e.start < s.end && s.start < e.end);
             if !skip {
                 redirect.range(
@@ -423,12 +346,7 @@ pub(super) fn other_data(
 pub(super) fn add_regions(vmas: &mut Vec<proto::Vma>, regions: &[Span]) {
     for r in regions {
         if !vmas.iter().any(|v| v.start < r.end.0 && r.start.0 < v.end) {
-            vmas.push(proto::Vma {
-                start: r.start.0,
-                end: r.end.0,
-                prot: 3,
-                ..proto::Vma::default()
-            });
+            vmas.push(proto::Vma { start: r.start.0, end: r.end.0, prot: 3, ..proto::Vma::default() });
         }
     }
     vmas.sort_by_key(|v| v.start);

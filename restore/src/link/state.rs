@@ -57,8 +57,7 @@ impl State<'_> {
         match target {
             Target::Memory(addr) => {
                 for (start, end) in gaps(bytes.len() as u64, keep) {
-                    self.out
-                        .write(addr.add(start), &bytes[start as usize..end as usize]);
+                    self.out.write(addr.add(start), &bytes[start as usize..end as usize]);
                 }
             }
             Target::Register(tid, r) => {
@@ -75,17 +74,13 @@ impl State<'_> {
 
     /// A finding.
     pub fn find(&mut self, severity: proto::Severity, code: &str, message: String, path: &str) {
-        self.findings
-            .push(super::finding(severity, code, message, path));
+        self.findings.push(super::finding(severity, code, message, path));
     }
 }
 
 /// `0..len` without the ranges of `keep`.
 pub fn gaps(len: u64, keep: &[proto::Range]) -> Vec<(u64, u64)> {
-    let mut keep: Vec<(u64, u64)> = keep
-        .iter()
-        .map(|r| (r.start.min(len), r.end.min(len)))
-        .collect();
+    let mut keep: Vec<(u64, u64)> = keep.iter().map(|r| (r.start.min(len), r.end.min(len))).collect();
     keep.sort_unstable();
     let (mut out, mut at) = (Vec::new(), 0);
     for (s, e) in keep {
@@ -106,11 +101,7 @@ mod tests {
 
     #[test]
     fn gaps_leave_out_kept_ranges() {
-        let r = |start, end| proto::Range {
-            start,
-            end,
-            why: String::new(),
-        };
+        let r = |start, end| proto::Range { start, end, why: String::new() };
         assert_eq!(gaps(16, &[]), [(0, 16)]);
         assert_eq!(gaps(16, &[r(8, 12), r(0, 4), r(2, 6)]), [(6, 8), (12, 16)]);
         assert_eq!(gaps(16, &[r(0, 99)]), []);

@@ -19,67 +19,24 @@ struct OpenArgs {
 }
 
 impl Gate<'_> {
-    pub(super) fn file_entry(
-        &mut self,
-        host: &Host,
-        call: &Call,
-        name: &str,
-    ) -> Result<Option<Decision>> {
+    pub(super) fn file_entry(&mut self, host: &Host, call: &Call, name: &str) -> Result<Option<Decision>> {
         let fresh = |cloexec| Some(Decision::Then(After::NewFd { cloexec }));
-        let two = |cloexec| {
-            Some(Decision::Then(After::TwoFds {
-                at: Addr(call.args[0]),
-                cloexec,
-            }))
-        };
+        let two = |cloexec| Some(Decision::Then(After::TwoFds { at: Addr(call.args[0]), cloexec }));
         Ok(match name {
-            "open" => Some(self.open(
-                host,
-                call,
-                &OpenArgs {
-                    dir: None,
-                    path: 0,
-                    flags: 1,
-                },
-            )?),
-            "openat" => Some(self.open(
-                host,
-                call,
-                &OpenArgs {
-                    dir: Some(0),
-                    path: 1,
-                    flags: 2,
-                },
-            )?),
+            "open" => Some(self.open(host, call, &OpenArgs { dir: None, path: 0, flags: 1 })?),
+            "openat" => Some(self.open(host, call, &OpenArgs { dir: Some(0), path: 1, flags: 2 })?),
             "creat" => {
                 let flags = (libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC) as u64;
                 let args = [call.args[0], flags, call.args[1], 0, 0, 0];
-                let as_open = Call {
-                    nr: libc::SYS_open,
-                    args,
-                    ..*call
-                };
-                Some(
-                    match self.open(
-                        host,
-                        &as_open,
-                        &OpenArgs {
-                            dir: None,
-                            path: 0,
-                            flags: 1,
-                        },
-                    )? {
-                        Decision::Then(then) => Decision::Instead {
-                            nr: libc::SYS_open,
-                            args,
-                            then: Some(then),
-                        },
-                        d => d,
-                    },
-                )
+                let as_open = Call { nr: libc::SYS_open, args, ..*call };
+                Some(match self.open(host, &as_open, &OpenArgs { dir: None, path: 0, flags: 1 })? {
+                    Decision::Then(then) => Decision::Instead { nr: libc::SYS_open, args, then: Some(then) },
+                    d => d,
+                })
             }
-            "openat2" | "inotify_init" | "fanotify_init" | "eventfd" | "signalfd"
-            | "epoll_create" => fresh(false),
+            "openat2" | "inotify_init" | "fanotify_init" | "eventfd" | "signalfd" | "epoll_create" => {
+                fresh(false)
+            }
             // An existing one is changed, no number is made.
             "signalfd4" if call.fd(0) >= 0 => None,
             "signalfd4" => fresh(call.flag(3, libc::SFD_CLOEXEC)),
@@ -89,16 +46,10 @@ impl Gate<'_> {
             "timerfd_create" => fresh(call.flag(1, libc::TFD_CLOEXEC)),
             "pipe" => two(false),
             "pipe2" => two(call.flag(1, libc::O_CLOEXEC)),
-            "dup" => Some(Decision::Then(After::Duplicate {
-                from: call.fd(0),
-                moves: true,
-                cloexec: false,
-            })),
-            "dup2" | "dup3" => Some(Decision::Then(After::Duplicate {
-                from: call.fd(0),
-                moves: false,
-                cloexec: false,
-            })),
+            "dup" => Some(Decision::Then(After::Duplicate { from: call.fd(0), moves: true, cloexec: false })),
+            "dup2" | "dup3" => {
+                Some(Decision::Then(After::Duplicate { from: call.fd(0), moves: false, cloexec: false }))
+            }
             "fcntl" => self.fcntl(host, call),
             "close" => Some(Decision::Then(After::Closed { fd: call.fd(0) })),
             "unlink" => self.removal(host, call, None, 0, "removing")?,
@@ -127,20 +78,13 @@ impl Gate<'_> {
     fn resolve(host: &Host, dir: i32, path: &Path) -> PathBuf {
         match path.strip_prefix("/") {
             Ok(p) => PathBuf::from(format!("/proc/{}/root", host.pid)).join(p),
-            Err(_) if dir == libc::AT_FDCWD => {
-                PathBuf::from(format!("/proc/{}/cwd", host.pid)).join(path)
-            }
+            Err(_) if dir == libc::AT_FDCWD => PathBuf::from(format!("/proc/{}/cwd", host.pid)).join(path),
             Err(_) => host.fd_path(dir).join(path),
         }
     }
 
     /// A path argument as given, and where the engine finds it.
-    fn path_arg(
-        host: &Host,
-        call: &Call,
-        dir: Option<usize>,
-        path: usize,
-    ) -> Result<(PathBuf, PathBuf)> {
+    fn path_arg(host: &Host, call: &Call, dir: Option<usize>, path: usize) -> Result<(PathBuf, PathBuf)> {
         let raw = host.mem.cstr(Addr(call.args[path]), 4096)?;
         let shown = PathBuf::from(OsStr::from_bytes(&raw));
         let at = Self::resolve(host, dir.map_or(libc::AT_FDCWD, |i| call.fd(i)), &shown);
@@ -172,11 +116,7 @@ impl Gate<'_> {
             );
             let args = [call.args[a.path], u64::from(cloexec), 0, 0, 0, 0];
             let then = Some(After::PidFile { path: at });
-            return Ok(Decision::Instead {
-                nr: libc::SYS_memfd_create,
-                args,
-                then,
-            });
+            return Ok(Decision::Instead { nr: libc::SYS_memfd_create, args, then });
         }
         let mut wanted = flags;
         if flags & libc::O_TRUNC != 0 && meta.len() > 0 {
@@ -189,21 +129,14 @@ impl Gate<'_> {
         }
         if flags & libc::O_EXCL != 0 && self.old_files.contains_key(&(meta.dev(), meta.ino())) {
             wanted &= !libc::O_EXCL;
-            self.note(
-                "exclusive-open",
-                format!("{name} exists because the old version made it"),
-            );
+            self.note("exclusive-open", format!("{name} exists because the old version made it"));
         }
         if wanted == flags {
             return Ok(plain);
         }
         let mut args = call.args;
         args[a.flags] = u64::from(wanted as u32);
-        Ok(Decision::Instead {
-            nr: call.nr,
-            args,
-            then: Some(After::NewFd { cloexec }),
-        })
+        Ok(Decision::Instead { nr: call.nr, args, then: Some(After::NewFd { cloexec }) })
     }
 
     /// A small file whose text is old's process id.
@@ -231,58 +164,34 @@ impl Gate<'_> {
         let Ok(meta) = std::fs::symlink_metadata(&at) else {
             return Ok(None);
         };
-        let raw = [
-            &(libc::AF_UNIX as u16).to_le_bytes(),
-            shown.as_os_str().as_bytes(),
-        ]
-        .concat();
+        let raw = [&(libc::AF_UNIX as u16).to_le_bytes(), shown.as_os_str().as_bytes()].concat();
         let wanted = fdplan::address(&raw);
-        let in_use = self
-            .fds
-            .old
-            .values()
-            .any(|o| o.bound.as_ref() == Some(&wanted))
+        let in_use = self.fds.old.values().any(|o| o.bound.as_ref() == Some(&wanted))
             || self.old_files.contains_key(&(meta.dev(), meta.ino()))
             || (meta.is_file() && self.is_pid_file(&at, &meta));
         let name = shown.display();
         if in_use {
-            self.note(
-                "removal-withheld",
-                format!("{what} {name} was not done: the old version uses it"),
-            );
+            self.note("removal-withheld", format!("{what} {name} was not done: the old version uses it"));
             return Ok(Some(Decision::Answer(0)));
         }
-        self.note(
-            "file-changed",
-            format!("the start-up does this for real: {what} {name}"),
-        );
+        self.note("file-changed", format!("the start-up does this for real: {what} {name}"));
         Ok(None)
     }
 
     /// Locks that old holds on its own files are carried over with them.
     fn lock(&mut self, host: &Host, call: &Call) -> Option<Decision> {
         let path = self.shared_file(host, call.fd(0))?;
-        self.note(
-            "lock-carried",
-            format!("locking {path} was answered with success: old has it open"),
-        );
+        self.note("lock-carried", format!("locking {path} was answered with success: old has it open"));
         Some(Decision::Answer(0))
     }
 
     fn fcntl(&mut self, host: &Host, call: &Call) -> Option<Decision> {
-        let duplicate = |cloexec| {
-            Some(Decision::Then(After::Duplicate {
-                from: call.fd(0),
-                moves: true,
-                cloexec,
-            }))
-        };
+        let duplicate =
+            |cloexec| Some(Decision::Then(After::Duplicate { from: call.fd(0), moves: true, cloexec }));
         match call.args[1] as i32 {
             libc::F_DUPFD => duplicate(false),
             libc::F_DUPFD_CLOEXEC => duplicate(true),
-            libc::F_SETLK | libc::F_SETLKW | libc::F_OFD_SETLK | libc::F_OFD_SETLKW => {
-                self.lock(host, call)
-            }
+            libc::F_SETLK | libc::F_SETLKW | libc::F_OFD_SETLK | libc::F_OFD_SETLKW => self.lock(host, call),
             _ => None,
         }
     }

@@ -8,20 +8,11 @@ use mcr_image::elf::ElfFile;
 use std::sync::Arc;
 
 impl Gate<'_> {
-    pub(super) fn memory_entry(
-        &mut self,
-        host: &Host,
-        call: &Call,
-        name: &str,
-    ) -> Result<Option<Decision>> {
+    pub(super) fn memory_entry(&mut self, host: &Host, call: &Call, name: &str) -> Result<Option<Decision>> {
         Ok(match name {
             // Asked for 0, brk(2) tells where the break is: glibc, not given what it wanted, takes its heap by
             // mmap, and old's heap stays old's.
-            "brk" => Some(Decision::Instead {
-                nr: call.nr,
-                args: [0; 6],
-                then: None,
-            }),
+            "brk" => Some(Decision::Instead { nr: call.nr, args: [0; 6], then: None }),
             "mmap" => self.mmap(host, call)?,
             "munmap" | "mremap" => Some(Decision::Then(After::Mapped)),
             _ => None,
@@ -49,25 +40,13 @@ impl Gate<'_> {
             return Ok(None);
         };
         let soname = elf.soname();
-        let same_name =
-            |m: &&Arc<Module>| m.name() == file || (soname.is_some() && m.elf.soname() == soname);
-        let old = self
-            .spec
-            .old_modules
-            .modules()
-            .iter()
-            .filter(|m| !m.is_exe())
-            .find(same_name);
+        let same_name = |m: &&Arc<Module>| m.name() == file || (soname.is_some() && m.elf.soname() == soname);
+        let old = self.spec.old_modules.modules().iter().filter(|m| !m.is_exe()).find(same_name);
         let Some(old) = old else {
-            self.note(
-                "library-added",
-                format!("the new version loads {link}, which the old one does not"),
-            );
+            self.note("library-added", format!("the new version loads {link}, which the old one does not"));
             return Ok(Some(Decision::Then(After::Mapped)));
         };
-        if old.build_id() != elf.build_id()
-            || (elf.build_id().is_none() && old.elf.bytes() != elf.bytes())
-        {
+        if old.build_id() != elf.build_id() || (elf.build_id().is_none() && old.elf.bytes() != elf.bytes()) {
             return Err(BootError::LibraryChanged {
                 path: link,
                 old: old.elf.build_id_hex(),
@@ -78,14 +57,7 @@ impl Gate<'_> {
         let mut args = call.args;
         args[0] = old.start.0;
         args[3] |= libc::MAP_FIXED as u64;
-        let then = Some(After::Library {
-            at: old.start,
-            path: link,
-        });
-        Ok(Some(Decision::Instead {
-            nr: call.nr,
-            args,
-            then,
-        }))
+        let then = Some(After::Library { at: old.start, path: link });
+        Ok(Some(Decision::Instead { nr: call.nr, args, then }))
     }
 }

@@ -40,11 +40,7 @@ pub(super) enum Decision {
     /// Execute it and look at the result.
     Then(After),
     /// Execute another one in its place.
-    Instead {
-        nr: i64,
-        args: [u64; 6],
-        then: Option<After>,
-    },
+    Instead { nr: i64, args: [u64; 6], then: Option<After> },
     /// Do not execute it, return this.
     Answer(i64),
     /// The program ends.
@@ -71,11 +67,7 @@ pub(super) enum After {
     /// A signal action was set.
     SigAction { signo: u32, action: Addr },
     /// A descriptor was duplicated.
-    Duplicate {
-        from: i32,
-        moves: bool,
-        cloexec: bool,
-    },
+    Duplicate { from: i32, moves: bool, cloexec: bool },
     /// A descriptor was closed.
     Closed { fd: i32 },
     /// The name of a socket whose bind was not executed: addresses of the result and of its length.
@@ -127,8 +119,7 @@ impl<'a> Gate<'a> {
 
     fn find(&mut self, severity: proto::Severity, code: &str, message: String, next_step: &str) {
         if !self.findings.iter().any(|f| f.message == message) {
-            self.findings
-                .push(finding(code, severity, message, next_step));
+            self.findings.push(finding(code, severity, message, next_step));
         }
     }
     fn note(&mut self, code: &str, message: String) {
@@ -157,9 +148,7 @@ impl<'a> Gate<'a> {
         if let Some(d) = self.socket_entry(host, call, name)? {
             return Ok(d);
         }
-        Ok(self
-            .process_entry(host, call, name)?
-            .unwrap_or(Decision::Run))
+        Ok(self.process_entry(host, call, name)?.unwrap_or(Decision::Run))
     }
 
     /// At the exit of a call. `Some`: the result that the program is to see.
@@ -171,9 +160,9 @@ impl<'a> Gate<'a> {
         result: i64,
     ) -> Result<Option<i64>> {
         match after {
-            After::NewFd { cloexec } if result >= 0 => self
-                .new_fd(host, call.tid, result as i32, *cloexec)
-                .map(Some),
+            After::NewFd { cloexec } if result >= 0 => {
+                self.new_fd(host, call.tid, result as i32, *cloexec).map(Some)
+            }
             After::TwoFds { at, cloexec } if result >= 0 => {
                 for i in 0..2 {
                     let place = at.add(i * 4);
@@ -186,9 +175,8 @@ impl<'a> Gate<'a> {
             After::Library { at, path } => {
                 self.maps_changed = true;
                 if result as u64 != at.0 {
-                    let what = format!(
-                        "mapping {path} at {at}, where the old version has it (got {result:#x})"
-                    );
+                    let what =
+                        format!("mapping {path} at {at}, where the old version has it (got {result:#x})");
                     return Err(BootError::step(what, nix::errno::Errno::EEXIST));
                 }
                 Ok(None)
@@ -201,18 +189,15 @@ impl<'a> Gate<'a> {
                 let name = syscalls::name(call.nr).unwrap_or("?");
                 self.note(
                     "privileges-dropped",
-                    format!("{name} was answered with success: the process has already given up its privileges"),
+                    format!(
+                        "{name} was answered with success: the process has already given up its privileges"
+                    ),
                 );
                 Ok(Some(0))
             }
             After::SigAction { signo, action } if result == 0 => {
                 let raw = host.mem.bytes(*action, 32)?;
-                let word = |i: usize| {
-                    raw[i * 8..i * 8 + 8]
-                        .try_into()
-                        .map(u64::from_le_bytes)
-                        .unwrap_or(0)
-                };
+                let word = |i: usize| raw[i * 8..i * 8 + 8].try_into().map(u64::from_le_bytes).unwrap_or(0);
                 let a = proto::SigAction {
                     signo: *signo,
                     handler: word(0),
@@ -223,11 +208,7 @@ impl<'a> Gate<'a> {
                 self.sigactions.insert(*signo, a);
                 Ok(None)
             }
-            After::Duplicate {
-                from,
-                moves,
-                cloexec,
-            } if result >= 0 => {
+            After::Duplicate { from, moves, cloexec } if result >= 0 => {
                 let mut to = result;
                 if *moves {
                     to = self.new_fd(host, call.tid, to as i32, *cloexec)?;
@@ -264,17 +245,9 @@ impl<'a> Gate<'a> {
         let Some(above) = self.fds.relocation(fd, &kind) else {
             return Ok(fd.into());
         };
-        let cmd = if cloexec {
-            libc::F_DUPFD_CLOEXEC
-        } else {
-            libc::F_DUPFD
-        };
-        let moved = host.call(
-            tid,
-            "fcntl(F_DUPFD)",
-            libc::SYS_fcntl,
-            &[fd as u64, cmd as u64, above as u64],
-        )?;
+        let cmd = if cloexec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
+        let moved =
+            host.call(tid, "fcntl(F_DUPFD)", libc::SYS_fcntl, &[fd as u64, cmd as u64, above as u64])?;
         host.call(tid, "close", libc::SYS_close, &[fd as u64])?;
         Ok(moved as i64)
     }
@@ -288,34 +261,22 @@ pub(super) fn kind_of(host: &Host, fd: i32) -> Option<(Kind, String)> {
         "anon_inode:[eventfd]" => Kind::EventFd,
         "anon_inode:[timerfd]" => Kind::TimerFd,
         "anon_inode:[signalfd]" => Kind::SignalFd,
-        l if l.starts_with("pipe:") => Kind::Pipe {
-            write_end: fd_flags(host, fd) & 3 == libc::O_WRONLY,
-        },
+        l if l.starts_with("pipe:") => Kind::Pipe { write_end: fd_flags(host, fd) & 3 == libc::O_WRONLY },
         l if l.starts_with("socket:") => match host.socket_kind(fd) {
-            Ok((family, kind)) => Kind::Socket {
-                family,
-                kind,
-                connected: false,
-            },
+            Ok((family, kind)) => Kind::Socket { family, kind, connected: false },
             Err(_) => Kind::Other,
         },
         l if l.starts_with("anon_inode:") => Kind::Other,
         _ => {
             let m = std::fs::metadata(host.fd_path(fd)).ok()?;
-            Kind::File {
-                dev: m.dev(),
-                ino: m.ino(),
-            }
+            Kind::File { dev: m.dev(), ino: m.ino() }
         }
     };
     Some((kind, link))
 }
 
 fn fd_flags(host: &Host, fd: i32) -> i32 {
-    let text =
-        std::fs::read_to_string(format!("/proc/{}/fdinfo/{fd}", host.pid)).unwrap_or_default();
+    let text = std::fs::read_to_string(format!("/proc/{}/fdinfo/{fd}", host.pid)).unwrap_or_default();
     let flags = text.lines().find_map(|l| l.strip_prefix("flags:"));
-    flags
-        .and_then(|f| i32::from_str_radix(f.trim(), 8).ok())
-        .unwrap_or(0)
+    flags.and_then(|f| i32::from_str_radix(f.trim(), 8).ok()).unwrap_or(0)
 }

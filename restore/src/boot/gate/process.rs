@@ -6,12 +6,7 @@ use crate::boot::host::Host;
 use mcr_image::{Addr, Memory};
 
 impl Gate<'_> {
-    pub(super) fn process_entry(
-        &mut self,
-        host: &Host,
-        call: &Call,
-        name: &str,
-    ) -> Result<Option<Decision>> {
+    pub(super) fn process_entry(&mut self, host: &Host, call: &Call, name: &str) -> Result<Option<Decision>> {
         Ok(match name {
             "exit_group" => Some(Decision::Ends(call.args[0] as i32 & 0xff)),
             "fork" | "vfork" | "execve" | "execveat" => Some(Decision::Forks(name.to_owned())),
@@ -24,9 +19,10 @@ impl Gate<'_> {
                 signo: call.args[0] as u32,
                 action: Addr(call.args[1]),
             })),
-            "setuid" | "setgid" | "setreuid" | "setregid" | "setresuid" | "setresgid"
-            | "setgroups" | "chroot" | "capset" | "setsid" | "setpgid" | "setrlimit"
-            | "prlimit64" => Some(Decision::Then(After::Privilege)),
+            "setuid" | "setgid" | "setreuid" | "setregid" | "setresuid" | "setresgid" | "setgroups"
+            | "chroot" | "capset" | "setsid" | "setpgid" | "setrlimit" | "prlimit64" => {
+                Some(Decision::Then(After::Privilege))
+            }
             _ => None,
         })
     }

@@ -17,54 +17,36 @@ const LOCAL_SERVICES: [&[u8]; 5] = [
 ];
 
 fn family_of(addr: &[u8]) -> i32 {
-    addr.get(..2)
-        .map_or(0, |b| i32::from(u16::from_le_bytes([b[0], b[1]])))
+    addr.get(..2).map_or(0, |b| i32::from(u16::from_le_bytes([b[0], b[1]])))
 }
 
 impl Gate<'_> {
-    pub(super) fn socket_entry(
-        &mut self,
-        host: &Host,
-        call: &Call,
-        name: &str,
-    ) -> Result<Option<Decision>> {
+    pub(super) fn socket_entry(&mut self, host: &Host, call: &Call, name: &str) -> Result<Option<Decision>> {
         let cloexec = |i| call.flag(i, libc::SOCK_CLOEXEC);
         Ok(match name {
-            "socket" => Some(Decision::Then(After::NewFd {
-                cloexec: cloexec(1),
-            })),
-            "socketpair" => Some(Decision::Then(After::TwoFds {
-                at: Addr(call.args[3]),
-                cloexec: cloexec(1),
-            })),
+            "socket" => Some(Decision::Then(After::NewFd { cloexec: cloexec(1) })),
+            "socketpair" => {
+                Some(Decision::Then(After::TwoFds { at: Addr(call.args[3]), cloexec: cloexec(1) }))
+            }
             "bind" => self.bind(host, call)?,
             "listen" => match self.fds.bound(call.fd(0)) {
                 Some(_) => Some(Decision::Answer(0)),
-                None => Some(self.elsewhere(format!(
-                    "descriptor {}, which is not bound to an address",
-                    call.fd(0)
-                ))),
+                None => Some(
+                    self.elsewhere(format!("descriptor {}, which is not bound to an address", call.fd(0))),
+                ),
             },
             "connect" => self.connect(host, call)?,
             "accept" => Some(Decision::Then(After::NewFd { cloexec: false })),
-            "accept4" => Some(Decision::Then(After::NewFd {
-                cloexec: cloexec(3),
-            })),
+            "accept4" => Some(Decision::Then(After::NewFd { cloexec: cloexec(3) })),
             "getsockname" => self.fds.bound(call.fd(0)).map(|old| {
-                Decision::Then(After::SockName {
-                    old,
-                    addr: Addr(call.args[1]),
-                    len: Addr(call.args[2]),
-                })
+                Decision::Then(After::SockName { old, addr: Addr(call.args[1]), len: Addr(call.args[2]) })
             }),
             _ => None,
         })
     }
 
     fn bind(&mut self, host: &Host, call: &Call) -> Result<Option<Decision>> {
-        let addr = host
-            .mem
-            .bytes(Addr(call.args[1]), (call.args[2] as usize).min(128))?;
+        let addr = host.mem.bytes(Addr(call.args[1]), (call.args[2] as usize).min(128))?;
         let family = family_of(&addr);
         if !matches!(family, libc::AF_INET | libc::AF_INET6 | libc::AF_UNIX) {
             return Ok(None);
@@ -93,16 +75,11 @@ impl Gate<'_> {
     }
 
     fn elsewhere(&self, wanted: String) -> Decision {
-        Decision::Refuse(Box::new(BootError::ListensElsewhere {
-            wanted,
-            had: self.fds.addresses(),
-        }))
+        Decision::Refuse(Box::new(BootError::ListensElsewhere { wanted, had: self.fds.addresses() }))
     }
 
     fn connect(&mut self, host: &Host, call: &Call) -> Result<Option<Decision>> {
-        let addr = host
-            .mem
-            .bytes(Addr(call.args[1]), (call.args[2] as usize).min(128))?;
+        let addr = host.mem.bytes(Addr(call.args[1]), (call.args[2] as usize).min(128))?;
         match family_of(&addr) {
             libc::AF_UNIX => {
                 let path = addr.get(2..).unwrap_or_default();
@@ -121,27 +98,22 @@ impl Gate<'_> {
         }
         self.warn(
             "connect-refused",
-            format!("connecting to {} was answered with ECONNREFUSED during the start-up", fdplan::describe(&addr)),
+            format!(
+                "connecting to {} was answered with ECONNREFUSED during the start-up",
+                fdplan::describe(&addr)
+            ),
             "old's connections are carried over; a new one is made when the new version tries again",
         );
         Ok(Some(Decision::Answer(-i64::from(libc::ECONNREFUSED))))
     }
 
     /// getsockname(2) of a socket whose bind was not executed.
-    pub(super) fn socket_name(
-        &mut self,
-        host: &Host,
-        old: i32,
-        addr: Addr,
-        len: Addr,
-    ) -> Result<()> {
+    pub(super) fn socket_name(&mut self, host: &Host, old: i32, addr: Addr, len: Addr) -> Result<()> {
         let fd = self.spec.old.fds.iter().find(|f| f.number as i32 == old);
         let raw = match fd.and_then(|f| f.object.as_ref()) {
             Some(Object::Tcp(t)) => t.local.clone(),
             Some(Object::Udp(u)) => u.local.clone(),
-            Some(Object::Unix(u)) => {
-                [&(libc::AF_UNIX as u16).to_le_bytes(), u.address.as_slice()].concat()
-            }
+            Some(Object::Unix(u)) => [&(libc::AF_UNIX as u16).to_le_bytes(), u.address.as_slice()].concat(),
             _ => return Ok(()),
         };
         // The kernel has already answered for the unbound socket; the caller's room is not known any more, so
