@@ -66,10 +66,7 @@ impl Arena {
         let w = |o: u64| word(&raw, o as usize);
         let lock = w(MUTEX) as u32;
         if lock != 0 {
-            return Err(HeapError::InMalloc {
-                arena: addr,
-                value: lock,
-            });
+            return Err(HeapError::InMalloc { arena: addr, value: lock });
         }
         let flags = (w(MUTEX) >> (8 * FLAGS)) as u32;
         Ok(Self {
@@ -79,9 +76,7 @@ impl Arena {
             system_mem: w(SYSTEM_MEM),
             attached_threads: w(ATTACHED),
             fastbins: (0..NFASTBINS).map(|i| w(FASTBINS + 8 * i)).collect(),
-            bins: (0..NBINS)
-                .map(|i| (w(BINS + 16 * i), w(BINS + 16 * i + 8)))
-                .collect(),
+            bins: (0..NBINS).map(|i| (w(BINS + 16 * i), w(BINS + 16 * i + 8))).collect(),
         })
     }
 }
@@ -108,9 +103,7 @@ pub(super) fn find_arenas(mem: &dyn Memory, vmas: &[proto::Vma]) -> Result<Vec<A
     }
     let Some(main) = main else {
         return match vmas.iter().find(|v| v.name == "[heap]") {
-            Some(v) => Err(HeapError::NoArena {
-                heap: Addr(v.start),
-            }),
+            Some(v) => Err(HeapError::NoArena { heap: Addr(v.start) }),
             None => Ok(Vec::new()),
         };
     };
@@ -123,10 +116,7 @@ pub(super) fn find_arenas(mem: &dyn Memory, vmas: &[proto::Vma]) -> Result<Vec<A
             return Ok(out);
         }
         if out.len() > 4096 || out.iter().any(|a| a.addr == at) {
-            return Err(HeapError::Arena {
-                arena: at,
-                why: "the ring of arenas does not close".into(),
-            });
+            return Err(HeapError::Arena { arena: at, why: "the ring of arenas does not close".into() });
         }
         let heap = Arena::heap_of(at);
         if mem.u64(heap).ok() != Some(at.0) {
@@ -178,10 +168,7 @@ fn is_arena(mem: &dyn Memory, addr: u64, raw: &[u8]) -> bool {
     let mut linked = 0;
     for i in 0..NBINS {
         let head = addr + BINS + 16 * i - 16;
-        let (fd, bk) = (
-            word(raw, (BINS + 16 * i) as usize),
-            word(raw, (BINS + 16 * i + 8) as usize),
-        );
+        let (fd, bk) = (word(raw, (BINS + 16 * i) as usize), word(raw, (BINS + 16 * i + 8) as usize));
         if fd == head && bk == head {
             continue;
         }
@@ -189,8 +176,8 @@ fn is_arena(mem: &dyn Memory, addr: u64, raw: &[u8]) -> bool {
             return false;
         }
         linked += 1;
-        let back = mem.u64(Addr(fd).add(24)).ok() == Some(head)
-            && mem.u64(Addr(bk).add(16)).ok() == Some(head);
+        let back =
+            mem.u64(Addr(fd).add(24)).ok() == Some(head) && mem.u64(Addr(bk).add(16)).ok() == Some(head);
         if !back {
             return false;
         }
@@ -204,9 +191,7 @@ fn ring_closes(mem: &dyn Memory, main: u64) -> bool {
     for _ in 0..4096 {
         match mem.u64(Addr(at).add(NEXT)) {
             Ok(next) if next == main => return true,
-            Ok(next) if next != 0 && mem.u64(Arena::heap_of(Addr(next))).ok() == Some(next) => {
-                at = next
-            }
+            Ok(next) if next != 0 && mem.u64(Arena::heap_of(Addr(next))).ok() == Some(next) => at = next,
             _ => return false,
         }
     }

@@ -16,9 +16,7 @@ pub enum HeapError {
         heap: Addr,
     },
     /// More than one thing looks like `main_arena`.
-    #[error(
-        "{first} and {second} both look like glibc's main_arena: two copies of libc in one process?"
-    )]
+    #[error("{first} and {second} both look like glibc's main_arena: two copies of libc in one process?")]
     TwoArenas {
         /// One candidate.
         first: Addr,
@@ -55,9 +53,7 @@ pub enum HeapError {
         why: String,
     },
     /// A free list contradicts the chunks.
-    #[error(
-        "{list} of the arena at {arena}: entry {entry}: {why}; the heap is corrupt or not glibc's"
-    )]
+    #[error("{list} of the arena at {arena}: entry {entry}: {why}; the heap is corrupt or not glibc's")]
     List {
         /// Which list.
         list: String,

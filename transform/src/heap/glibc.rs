@@ -23,11 +23,7 @@ pub struct GlibcHeap {
 
 impl GlibcHeap {
     /// Reads the heap from the mappings alone.
-    pub fn read(
-        mem: &dyn Memory,
-        threads: &[proto::Thread],
-        vmas: &[proto::Vma],
-    ) -> Result<Self, HeapError> {
+    pub fn read(mem: &dyn Memory, threads: &[proto::Thread], vmas: &[proto::Vma]) -> Result<Self, HeapError> {
         let arenas = arena::find_arenas(mem, vmas)?;
         let mut found = segments::find(mem, &arenas, threads, vmas)?;
         found.chunks.sort_unstable_by_key(|c| c.addr);
@@ -121,10 +117,7 @@ impl GlibcHeap {
 fn version(mem: &dyn Memory, vmas: &[proto::Vma]) -> String {
     const BANNER: &[u8] = b"GNU C Library (";
     let file = |v: &&proto::Vma| {
-        v.name
-            .rsplit('/')
-            .next()
-            .is_some_and(|n| n.starts_with("libc.so") || n.starts_with("libc-2"))
+        v.name.rsplit('/').next().is_some_and(|n| n.starts_with("libc.so") || n.starts_with("libc-2"))
     };
     for v in vmas.iter().filter(file).filter(|v| v.prot == 1) {
         let Ok(raw) = mem.bytes(Addr(v.start), (v.end - v.start) as usize) else {
@@ -135,10 +128,7 @@ fn version(mem: &dyn Memory, vmas: &[proto::Vma]) -> String {
         };
         let text = String::from_utf8_lossy(&raw[at..(at + 160).min(raw.len())]).into_owned();
         if let Some((_, rest)) = text.split_once("version ") {
-            let number: String = rest
-                .chars()
-                .take_while(|c| c.is_ascii_digit() || *c == '.')
-                .collect();
+            let number: String = rest.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
             return format!("glibc-{}", number.trim_end_matches('.'));
         }
     }

@@ -82,14 +82,12 @@ pub(super) fn fastbins(
                 c.usable + 8 == size && c.arena == arena_index && c.state == ChunkState::InUse
             })
         };
-        let list = linking
-            .follow(mem, first, 16, chunks.len(), &ok)
-            .ok_or_else(|| HeapError::List {
-                list: format!("fastbin {i}"),
-                arena: a.addr,
-                entry: Addr(first),
-                why: format!("the list does not lead through chunks of {size:#x} bytes"),
-            })?;
+        let list = linking.follow(mem, first, 16, chunks.len(), &ok).ok_or_else(|| HeapError::List {
+            list: format!("fastbin {i}"),
+            arena: a.addr,
+            entry: Addr(first),
+            why: format!("the list does not lead through chunks of {size:#x} bytes"),
+        })?;
         for header in list {
             let n = index(chunks, header + 16).expect("checked");
             chunks[n].state = ChunkState::Fastbin;
@@ -120,17 +118,11 @@ pub(super) fn bins(a: &Arena, free: &mut [FreeChunk]) -> Result<(), HeapError> {
                 return Err(bad(at, "is in a list twice".into()));
             }
             if free[n].bk != before {
-                return Err(bad(
-                    at,
-                    format!("its back link is {:#x}, not {before:#x}", free[n].bk),
-                ));
+                return Err(bad(at, format!("its back link is {:#x}, not {before:#x}", free[n].bk)));
             }
             // Small bins hold one size each.
             if (2..64).contains(&i) && free[n].size != 16 * i {
-                return Err(bad(
-                    at,
-                    format!("{:#x} bytes in the bin for {:#x}", free[n].size, 16 * i),
-                ));
+                return Err(bad(at, format!("{:#x} bytes in the bin for {:#x}", free[n].size, 16 * i)));
             }
             before = at;
             at = free[n].fd;

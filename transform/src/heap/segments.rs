@@ -28,10 +28,7 @@ impl Found {
         self.free[arena].extend(walked.free);
     }
     fn covers(&self, at: u64) -> Option<u64> {
-        self.segments
-            .iter()
-            .find(|s| s.start.0 <= at && at < s.end.0)
-            .map(|s| s.end.0)
+        self.segments.iter().find(|s| s.start.0 <= at && at < s.end.0).map(|s| s.end.0)
     }
 }
 
@@ -55,46 +52,27 @@ pub(super) fn find(
     if main.is_used() && found.covers(main.top.0).is_none() {
         return Err(HeapError::Arena {
             arena: main.addr,
-            why: format!(
-                "its top chunk {} is in no run of chunks that could be found",
-                main.top
-            ),
+            why: format!("its top chunk {} is in no run of chunks that could be found", main.top),
         });
     }
     Ok(found)
 }
 
 /// The heaps of a thread's arena, from the one that holds `top` back to the first.
-fn thread_heaps(
-    mem: &dyn Memory,
-    arena: &Arena,
-    index: u16,
-    found: &mut Found,
-) -> Result<(), HeapError> {
-    let bad = |why: String| HeapError::Arena {
-        arena: arena.addr,
-        why,
-    };
+fn thread_heaps(mem: &dyn Memory, arena: &Arena, index: u16, found: &mut Found) -> Result<(), HeapError> {
+    let bad = |why: String| HeapError::Arena { arena: arena.addr, why };
     let first = Arena::heap_of(arena.addr);
     let header = arena.addr.since(first);
     if header != 0x20 && header != 0x30 {
-        return Err(bad(format!(
-            "lies {header:#x} bytes into its heap, 0x20 or 0x30 were expected"
-        )));
+        return Err(bad(format!("lies {header:#x} bytes into its heap, 0x20 or 0x30 were expected")));
     }
     let mut heap = Arena::heap_of(arena.top);
     for _ in 0..65536 {
         let raw = mem.bytes(heap, 32)?;
         let w = |o| super::arena::word(&raw, o);
         let (owner, prev, size, mprotected) = (w(0), w(8), w(16), w(24));
-        if owner != arena.addr.0
-            || size > super::arena::HEAP_ALIGN
-            || size > mprotected
-            || size % 16 != 0
-        {
-            return Err(bad(format!(
-                "heap at {heap}: owner {owner:#x}, size {size:#x} of {mprotected:#x}"
-            )));
+        if owner != arena.addr.0 || size > super::arena::HEAP_ALIGN || size > mprotected || size % 16 != 0 {
+            return Err(bad(format!("heap at {heap}: owner {owner:#x}, size {size:#x} of {mprotected:#x}")));
         }
         let start = if heap == first {
             (arena.addr.0 + super::ARENA_SIZE).next_multiple_of(16)
@@ -110,20 +88,10 @@ fn thread_heaps(
         };
         let walked = walk(mem, &run)?;
         let end = Addr(heap.0 + size);
-        found.add(
-            Segment {
-                start: heap,
-                end,
-                kind: SegmentKind::ThreadHeap,
-                arena: index,
-            },
-            walked,
-        );
+        found.add(Segment { start: heap, end, kind: SegmentKind::ThreadHeap, arena: index }, walked);
         if prev == 0 {
             if heap != first {
-                return Err(bad(format!(
-                    "its chain of heaps ends at {heap}, not at the first one {first}"
-                )));
+                return Err(bad(format!("its chain of heaps ends at {heap}, not at the first one {first}")));
             }
             return Ok(());
         }
@@ -133,12 +101,7 @@ fn thread_heaps(
 }
 
 /// The break: normally one run up to `top`; more of them where the program itself called sbrk.
-fn brk(
-    mem: &dyn Memory,
-    main: &Arena,
-    vmas: &[proto::Vma],
-    found: &mut Found,
-) -> Result<(), HeapError> {
+fn brk(mem: &dyn Memory, main: &Arena, vmas: &[proto::Vma], found: &mut Found) -> Result<(), HeapError> {
     let mut parts = vmas.iter().filter(|v| v.name == "[heap]");
     let Some(first) = parts.next() else {
         return Ok(());
@@ -153,22 +116,11 @@ fn brk(
     let mut at = start;
     let mut first_error = None;
     while at + 32 <= end {
-        let run = Run {
-            start: at,
-            limit: end,
-            top: main.top.0,
-            arena: 0,
-            what: "[heap]",
-        };
+        let run = Run { start: at, limit: end, top: main.top.0, arena: 0, what: "[heap]" };
         match walk(mem, &run) {
             Ok(walked) => {
                 let (stop, top) = (walked.end, walked.top);
-                let segment = Segment {
-                    start: Addr(at),
-                    end: Addr(stop),
-                    kind: SegmentKind::Brk,
-                    arena: 0,
-                };
+                let segment = Segment { start: Addr(at), end: Addr(stop), kind: SegmentKind::Brk, arena: 0 };
                 found.add(segment, walked);
                 if top || !top_inside {
                     return Ok(());
@@ -180,9 +132,7 @@ fn brk(
                 // chain holds up to the top.
                 first_error.get_or_insert(e);
                 at += 16;
-                if found.segments.iter().all(|s| s.kind != SegmentKind::Brk)
-                    && at > start + 16 * PAGE
-                {
+                if found.segments.iter().all(|s| s.kind != SegmentKind::Brk) && at > start + 16 * PAGE {
                     break;
                 }
             }
@@ -241,40 +191,20 @@ fn mapped(
                 arena: Chunk::MMAPPED,
             };
             let kind = SegmentKind::MmappedChunk;
-            found.segments.push(Segment {
-                start: Addr(at),
-                end: Addr(stop),
-                kind,
-                arena: Chunk::MMAPPED,
-            });
+            found.segments.push(Segment { start: Addr(at), end: Addr(stop), kind, arena: Chunk::MMAPPED });
             found.chunks.push(chunk);
             at = stop;
             continue;
         }
-        let plausible =
-            main.noncontiguous && size_word & 7 == 1 && size_word >= 0x20 && size_word < end - at;
+        let plausible = main.noncontiguous && size_word & 7 == 1 && size_word >= 0x20 && size_word < end - at;
         if plausible {
-            let run = Run {
-                start: at,
-                limit: end,
-                top: main.top.0,
-                arena: 0,
-                what: "an anonymous mapping",
-            };
+            let run = Run { start: at, limit: end, top: main.top.0, arena: 0, what: "an anonymous mapping" };
             // A chain that breaks is simply not one: the mapping belongs to the program.
             match walk(mem, &run) {
                 Ok(walked) => {
                     let stop = walked.end;
                     let kind = SegmentKind::Mapped;
-                    found.add(
-                        Segment {
-                            start: Addr(at),
-                            end: Addr(stop),
-                            kind,
-                            arena: 0,
-                        },
-                        walked,
-                    );
+                    found.add(Segment { start: Addr(at), end: Addr(stop), kind, arena: 0 }, walked);
                     at = stop.next_multiple_of(PAGE);
                     continue;
                 }
@@ -298,8 +228,7 @@ fn own_mapping(
     size_word: u64,
 ) -> Result<Option<(u64, u64)>, HeapError> {
     let total = size_word & !7;
-    let fits =
-        size_word & 7 == 2 && total.is_multiple_of(PAGE) && total >= PAGE && total <= end - at;
+    let fits = size_word & 7 == 2 && total.is_multiple_of(PAGE) && total >= PAGE && total <= end - at;
     if prev_size != 0 || !fits {
         return Ok(None);
     }

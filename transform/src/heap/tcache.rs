@@ -40,10 +40,7 @@ pub(super) fn find(
     if !arenas.first().is_some_and(Arena::is_used) || threads.is_empty() {
         return Ok(Vec::new());
     }
-    let blocks: Vec<(u64, Vec<u8>)> = threads
-        .iter()
-        .map(|t| (t.fs_base, below(mem, t.fs_base)))
-        .collect();
+    let blocks: Vec<(u64, Vec<u8>)> = threads.iter().map(|t| (t.fs_base, below(mem, t.fs_base))).collect();
     let longest = blocks.iter().map(|(_, b)| b.len()).min().unwrap_or(0) as u64;
     let value = |block: &[u8], off: u64| super::arena::word(block, block.len() - off as usize);
 
@@ -67,23 +64,19 @@ pub(super) fn find(
             }
         }
     }
-    let (tcache_off, lists) = tcache_at.ok_or(HeapError::NoTcache {
-        threads: threads.len(),
-    })?;
+    let (tcache_off, lists) = tcache_at.ok_or(HeapError::NoTcache { threads: threads.len() })?;
 
     // Nearest to `tcache` among the offsets that hold an arena (or nothing) in every thread.
     let is_arena = |v: u64| v == 0 || arenas.iter().any(|a| a.addr.0 == v);
     let arena_off = (8..=longest)
         .step_by(8)
         .filter(|&off| {
-            blocks.iter().all(|(_, b)| {
-                is_arena(value(b, off)) && (value(b, off) != 0 || value(b, tcache_off) == 0)
-            })
+            blocks
+                .iter()
+                .all(|(_, b)| is_arena(value(b, off)) && (value(b, off) != 0 || value(b, tcache_off) == 0))
         })
         .min_by_key(|&off| off.abs_diff(tcache_off))
-        .ok_or(HeapError::NoTcache {
-            threads: threads.len(),
-        })?;
+        .ok_or(HeapError::NoTcache { threads: threads.len() })?;
 
     let mut out = Vec::new();
     for ((thread, (_, block)), cached) in threads.iter().zip(&blocks).zip(lists) {
@@ -137,19 +130,12 @@ fn looks_like_tcache(chunks: &[Chunk], user: u64) -> bool {
     user.is_multiple_of(16)
         && index(chunks, user).is_some_and(|n| {
             let c = &chunks[n];
-            c.state == ChunkState::InUse
-                && c.arena != Chunk::MMAPPED
-                && (SIZE..SIZE + 24).contains(&c.usable)
+            c.state == ChunkState::InUse && c.arena != Chunk::MMAPPED && (SIZE..SIZE + 24).contains(&c.usable)
         })
 }
 
 /// The chunks cached at `tcache`; `None` if that is not a cache.
-fn entries(
-    mem: &dyn Memory,
-    chunks: &[Chunk],
-    linking: &mut Linking,
-    tcache: u64,
-) -> Option<Vec<u64>> {
+fn entries(mem: &dyn Memory, chunks: &[Chunk], linking: &mut Linking, tcache: u64) -> Option<Vec<u64>> {
     if tcache == 0 {
         return Some(Vec::new());
     }

@@ -75,11 +75,7 @@ impl Headers<'_> {
         if p < self.at || p + need > self.at + self.buf.len() as u64 {
             // A small window first after a jump over a big chunk, so that big chunks are not read.
             let jumped = p > self.at + self.buf.len() as u64 + 4096;
-            let want = if jumped {
-                4096 - (p & 4095) + 32
-            } else {
-                WINDOW
-            };
+            let want = if jumped { 4096 - (p & 4095) + 32 } else { WINDOW };
             let len = want.min(self.limit - p);
             self.buf.resize(len as usize, 0);
             self.at = p;
@@ -111,102 +107,54 @@ pub(super) struct Run<'a> {
 /// Walks `run`. Every chunk must agree with its neighbours.
 pub(super) fn walk(mem: &dyn Memory, run: &Run<'_>) -> Result<Walked, HeapError> {
     let thread_arena = run.arena != 0;
-    let bad = |chunk: u64, why: String| HeapError::Chunk {
-        chunk: Addr(chunk),
-        segment: run.what.into(),
-        why,
-    };
-    let mut headers = Headers {
-        mem,
-        limit: run.limit,
-        at: 0,
-        buf: Vec::new(),
-    };
+    let bad =
+        |chunk: u64, why: String| HeapError::Chunk { chunk: Addr(chunk), segment: run.what.into(), why };
+    let mut headers = Headers { mem, limit: run.limit, at: 0, buf: Vec::new() };
     let mut out = Walked::default();
     let mut prev: Option<(u64, u64, u64, [u64; 2])> = None; // header, size, flags, links
     let mut p = run.start;
     loop {
         if p + 16 > run.limit {
-            return Err(bad(
-                p,
-                format!(
-                    "the chunks run to the end of the segment ({:#x})",
-                    run.limit
-                ),
-            ));
+            return Err(bad(p, format!("the chunks run to the end of the segment ({:#x})", run.limit)));
         }
         let [prev_size, size_word, fd, bk] = headers.at(p)?;
         let (size, flags) = (size_word & !7, size_word & 7);
         if let Some((header, psize, pflags, links)) = prev {
             let in_use = flags & PREV_INUSE != 0;
             if !in_use && prev_size != psize {
-                return Err(bad(
-                    p,
-                    format!("previous size {prev_size:#x}, but that chunk has {psize:#x}"),
-                ));
+                return Err(bad(p, format!("previous size {prev_size:#x}, but that chunk has {psize:#x}")));
             }
             if in_use && (pflags & NON_MAIN != 0) != thread_arena {
-                return Err(bad(
-                    header,
-                    format!("arena flag {pflags:#x} does not fit its arena"),
-                ));
+                return Err(bad(header, format!("arena flag {pflags:#x} does not fit its arena")));
             }
             if !in_use {
-                out.free.push(FreeChunk {
-                    header,
-                    size: psize,
-                    fd: links[0],
-                    bk: links[1],
-                });
+                out.free.push(FreeChunk { header, size: psize, fd: links[0], bk: links[1] });
             }
             out.chunks.push(Chunk {
                 addr: Addr(header + 16),
                 usable: psize - 8,
-                state: if in_use {
-                    ChunkState::InUse
-                } else {
-                    ChunkState::Bin
-                },
+                state: if in_use { ChunkState::InUse } else { ChunkState::Bin },
                 arena: run.arena,
             });
         } else if flags & PREV_INUSE == 0 {
-            return Err(bad(
-                p,
-                "the first chunk says that the one before it is free".into(),
-            ));
+            return Err(bad(p, "the first chunk says that the one before it is free".into()));
         }
         if p == run.top {
             if size < 16 || p + size > run.limit {
-                return Err(bad(
-                    p,
-                    format!("top chunk of {size:#x} bytes does not fit its segment"),
-                ));
+                return Err(bad(p, format!("top chunk of {size:#x} bytes does not fit its segment")));
             }
             let usable = size - 16;
-            out.chunks.push(Chunk {
-                addr: Addr(p + 16),
-                usable,
-                state: ChunkState::Top,
-                arena: run.arena,
-            });
+            out.chunks.push(Chunk { addr: Addr(p + 16), usable, state: ChunkState::Top, arena: run.arena });
             out.end = p + size;
             out.top = true;
             return Ok(out);
         }
         if flags & IS_MMAPPED != 0 {
-            return Err(bad(
-                p,
-                format!("size word {size_word:#x} of a mapped chunk inside a run"),
-            ));
+            return Err(bad(p, format!("size word {size_word:#x} of a mapped chunk inside a run")));
         }
         if size == FENCE || size == 0 {
             out.end = fence(&mut headers, run, p, size)?.ok_or_else(|| {
-                bad(
-                    p,
-                    format!(
-                        "size word {size_word:#x} that is neither a chunk nor a pair of fenceposts"
-                    ),
-                )
+                bad(p, format!("size word {size_word:#x} that is neither a chunk nor a pair of fenceposts"))
             })?;
             return Ok(out);
         }
@@ -220,12 +168,7 @@ pub(super) fn walk(mem: &dyn Memory, run: &Run<'_>) -> Result<Walked, HeapError>
 
 /// End of a run that is closed by fenceposts at `p`: two of 16 bytes in the main arena, one of 16 and one of
 /// 0 (or the latter alone) in a thread's heap.
-fn fence(
-    headers: &mut Headers<'_>,
-    run: &Run<'_>,
-    p: u64,
-    size: u64,
-) -> Result<Option<u64>, HeapError> {
+fn fence(headers: &mut Headers<'_>, run: &Run<'_>, p: u64, size: u64) -> Result<Option<u64>, HeapError> {
     if size == 0 {
         return Ok((run.arena != 0 && p + 16 == run.limit).then_some(p + 16));
     }

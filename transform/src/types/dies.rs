@@ -138,11 +138,7 @@ pub(super) fn reference(unit: &Unit<'_>, space: u64, v: &AttributeValue<Slice<'_
     Some(match v {
         AttributeValue::UnitRef(o) => Ref::Die(space | section_offset(unit, *o)),
         AttributeValue::DebugInfoRef(o) => {
-            let same = if space == SPACE_TYPES {
-                SPACE_INFO
-            } else {
-                space
-            };
+            let same = if space == SPACE_TYPES { SPACE_INFO } else { space };
             Ref::Die(same | (o.0 as u64 & !super::sections::SPACE_MASK))
         }
         AttributeValue::DebugInfoRefSup(o) => {
@@ -261,9 +257,7 @@ impl<'a> Attrs<'a> {
                 }
             }
             dw::DW_AT_decl_line => {
-                self.line = unsigned(&v)
-                    .and_then(|n| u32::try_from(n).ok())
-                    .unwrap_or(0);
+                self.line = unsigned(&v).and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
             }
             dw::DW_AT_GNU_dwo_name | dw::DW_AT_dwo_name => self.dwo = text(v),
             _ => {}
@@ -375,22 +369,12 @@ enum Context {
 }
 
 /// Reads one unit.
-pub(super) fn read_unit<'a>(
-    dwarf: &Dwarf<'a>,
-    unit: &Unit<'a>,
-    in_sup: bool,
-) -> gimli::Result<RawUnit<'a>> {
+pub(super) fn read_unit<'a>(dwarf: &Dwarf<'a>, unit: &Unit<'a>, in_sup: bool) -> gimli::Result<RawUnit<'a>> {
     let space = space_of(unit, in_sup);
     let mut out = RawUnit::default();
     match unit.header.type_() {
-        gimli::UnitType::Type {
-            type_signature,
-            type_offset,
-        }
-        | gimli::UnitType::SplitType {
-            type_signature,
-            type_offset,
-        } => {
+        gimli::UnitType::Type { type_signature, type_offset }
+        | gimli::UnitType::SplitType { type_signature, type_offset } => {
             out.signature = Some((type_signature.0, space | section_offset(unit, type_offset)));
         }
         _ => {}
@@ -464,10 +448,7 @@ pub(super) fn read_unit<'a>(
                 None
             }
             dw::DW_TAG_variable => {
-                let place = a
-                    .location
-                    .as_ref()
-                    .and_then(|l| static_place(dwarf, unit, l));
+                let place = a.location.as_ref().and_then(|l| static_place(dwarf, unit, l));
                 if let Some(place) = place {
                     out.vars.push(RawVar {
                         name: a.name,
@@ -485,8 +466,7 @@ pub(super) fn read_unit<'a>(
             dw::DW_TAG_subprogram => {
                 let ranges = a.code(dwarf, unit);
                 // Without code: inlined everywhere (link-time optimisation leaves out DW_AT_inline).
-                let no_code =
-                    a.inline || (a.low.is_none() && a.ranges.is_none() && a.name.is_some());
+                let no_code = a.inline || (a.low.is_none() && a.ranges.is_none() && a.name.is_some());
                 if !a.decl && (no_code || !ranges.is_empty()) {
                     out.funcs.push(RawFunc {
                         die,
@@ -497,18 +477,12 @@ pub(super) fn read_unit<'a>(
                         line: a.line,
                     });
                 }
-                scopes.push(Scope {
-                    name: a.name,
-                    origin: a.origin,
-                });
+                scopes.push(Scope { name: a.name, origin: a.origin });
                 context = Context::Code(scopes.len() - 1);
                 None
             }
             dw::DW_TAG_inlined_subroutine => {
-                scopes.push(Scope {
-                    name: a.name,
-                    origin: a.origin,
-                });
+                scopes.push(Scope { name: a.name, origin: a.origin });
                 context = Context::Code(scopes.len() - 1);
                 None
             }
@@ -541,14 +515,8 @@ pub(super) fn read_unit<'a>(
                 decl: a.decl,
                 constants: Vec::new(),
             }),
-            dw::DW_TAG_array_type => Some(RawKind::Array {
-                element: a.ty,
-                counts: Vec::new(),
-            }),
-            dw::DW_TAG_typedef => Some(RawKind::Typedef {
-                name: a.name.unwrap_or(b"?"),
-                to: a.ty,
-            }),
+            dw::DW_TAG_array_type => Some(RawKind::Array { element: a.ty, counts: Vec::new() }),
+            dw::DW_TAG_typedef => Some(RawKind::Typedef { name: a.name.unwrap_or(b"?"), to: a.ty }),
             dw::DW_TAG_const_type
             | dw::DW_TAG_volatile_type
             | dw::DW_TAG_restrict_type
@@ -561,11 +529,9 @@ pub(super) fn read_unit<'a>(
                 },
                 to: a.ty,
             }),
-            dw::DW_TAG_subroutine_type => Some(RawKind::Function {
-                result: a.ty,
-                params: Vec::new(),
-                variadic: false,
-            }),
+            dw::DW_TAG_subroutine_type => {
+                Some(RawKind::Function { result: a.ty, params: Vec::new(), variadic: false })
+            }
             _ => {
                 if let Context::Node(n) = parent {
                     child(&mut out.nodes[n].kind, tag, &a);

@@ -45,9 +45,7 @@ pub enum TypesError {
         version: u16,
     },
     /// The debug information is damaged.
-    #[error(
-        "{path}: debug information is damaged at {at}: {what}; build the program again, or get it again"
-    )]
+    #[error("{path}: debug information is damaged at {at}: {what}; build the program again, or get it again")]
     Damaged {
         /// The file.
         path: String,

@@ -96,14 +96,7 @@ pub fn evaluate(
     text: &str,
 ) -> Result<Value, ExprError> {
     let tokens = tokens(text)?;
-    let mut p = Parser {
-        text,
-        tokens,
-        at: 0,
-        model,
-        memory,
-        bases,
-    };
+    let mut p = Parser { text, tokens, at: 0, model, memory, bases };
     let v = p.unary(0)?;
     if p.at < p.tokens.len() {
         return Err(p.syntax("something after the end of the expression"));
@@ -140,9 +133,7 @@ fn tokens(text: &str) -> Result<Vec<(Token, usize)>, ExprError> {
             }
             // `unit.c::name` and `dir/unit.c::name`: the unit's name is part of the word.
             if let Some(n) = text[i..].find("::")
-                && text[i..i + n]
-                    .bytes()
-                    .all(|c| word(c) || matches!(c, b'.' | b'/' | b'-'))
+                && text[i..i + n].bytes().all(|c| word(c) || matches!(c, b'.' | b'/' | b'-'))
             {
                 i += n;
             }
@@ -169,28 +160,17 @@ const MAX_DEPTH: usize = 64;
 impl Parser<'_> {
     fn syntax(&self, what: impl Into<String>) -> ExprError {
         let column = self.tokens.get(self.at).map_or(self.text.len(), |t| t.1) + 1;
-        ExprError::Syntax {
-            text: self.text.into(),
-            what: what.into(),
-            column,
-        }
+        ExprError::Syntax { text: self.text.into(), what: what.into(), column }
     }
 
     fn eat(&mut self, sign: &'static str) -> bool {
-        let hit = self
-            .tokens
-            .get(self.at)
-            .is_some_and(|t| t.0 == Token::Sign(sign));
+        let hit = self.tokens.get(self.at).is_some_and(|t| t.0 == Token::Sign(sign));
         self.at += usize::from(hit);
         hit
     }
 
     fn need(&mut self, sign: &'static str) -> Result<(), ExprError> {
-        if self.eat(sign) {
-            Ok(())
-        } else {
-            Err(self.syntax(format!("expected {sign:?}")))
-        }
+        if self.eat(sign) { Ok(()) } else { Err(self.syntax(format!("expected {sign:?}"))) }
     }
 
     fn name(&mut self) -> Result<String, ExprError> {
@@ -245,28 +225,18 @@ impl Parser<'_> {
 
     fn variable(&mut self) -> Result<Value, ExprError> {
         let first = self.name()?;
-        let (scope, name) = if self.eat("::") {
-            (Some(first), self.name()?)
-        } else {
-            (None, first)
-        };
+        let (scope, name) = if self.eat("::") { (Some(first), self.name()?) } else { (None, first) };
         let all: Vec<_> = self
             .model
             .globals_named(&name)
             .filter(|g| match &scope {
                 None => true,
                 Some(s) => {
-                    g.function.as_deref() == Some(s)
-                        || *g.unit == **s
-                        || g.unit.ends_with(&format!("/{s}"))
+                    g.function.as_deref() == Some(s) || *g.unit == **s || g.unit.ends_with(&format!("/{s}"))
                 }
             })
             .collect();
-        let unscoped = || {
-            all.iter()
-                .filter(|g| g.function.is_none())
-                .collect::<Vec<_>>()
-        };
+        let unscoped = || all.iter().filter(|g| g.function.is_none()).collect::<Vec<_>>();
         let g = match (all.as_slice(), unscoped().as_slice()) {
             ([], _) => {
                 return Err(ExprError::Unknown {
@@ -282,10 +252,7 @@ impl Parser<'_> {
                     .iter()
                     .map(|g| format!("{}::{name}", g.function.as_ref().unwrap_or(&g.unit)))
                     .collect();
-                return Err(ExprError::Ambiguous {
-                    name,
-                    choices: choices.join(", "),
-                });
+                return Err(ExprError::Ambiguous { name, choices: choices.join(", ") });
             }
         };
         let addr = match g.place {
@@ -298,20 +265,12 @@ impl Parser<'_> {
                 })?
                 .add(off),
         };
-        Ok(Value {
-            addr,
-            ty: g.ty,
-            bits: None,
-        })
+        Ok(Value { addr, ty: g.ty, bits: None })
     }
 
     fn member(&self, v: Value, name: &str) -> Result<Value, ExprError> {
         find_member(self.model, v.ty, name)
-            .map(|(off, ty, bits)| Value {
-                addr: v.addr.add(off),
-                ty,
-                bits,
-            })
+            .map(|(off, ty, bits)| Value { addr: v.addr.add(off), ty, bits })
             .ok_or_else(|| ExprError::Type {
                 what: format!("{} has no member {name:?}", self.model.display(v.ty)),
             })
@@ -325,10 +284,7 @@ impl Parser<'_> {
                 let p = self
                     .memory
                     .u64(v.addr)
-                    .map_err(|source| ExprError::Memory {
-                        path: self.text.into(),
-                        source,
-                    })?;
+                    .map_err(|source| ExprError::Memory { path: self.text.into(), source })?;
                 if p == 0 {
                     return Err(ExprError::Type {
                         what: format!("{}: a NULL pointer is followed", self.text),
@@ -338,29 +294,18 @@ impl Parser<'_> {
             }
             _ => {
                 return Err(ExprError::Type {
-                    what: format!(
-                        "{} is neither a pointer nor an array",
-                        self.model.display(v.ty)
-                    ),
+                    what: format!("{} is neither a pointer nor an array", self.model.display(v.ty)),
                 });
             }
         };
         let addr = addr.add(index.wrapping_mul(self.model.size_of(ty)));
-        Ok(Value {
-            addr,
-            ty,
-            bits: None,
-        })
+        Ok(Value { addr, ty, bits: None })
     }
 }
 
 /// A member by name, through anonymous members: (offset, type, bit-field).
 #[must_use]
-pub fn find_member(
-    model: &TypeModel,
-    ty: TypeId,
-    name: &str,
-) -> Option<(u64, TypeId, Option<(u64, u32)>)> {
+pub fn find_member(model: &TypeModel, ty: TypeId, name: &str) -> Option<(u64, TypeId, Option<(u64, u32)>)> {
     fn find(
         model: &TypeModel,
         ty: TypeId,
@@ -398,9 +343,5 @@ fn near(model: &TypeModel, name: &str) -> String {
     hits.sort();
     hits.dedup();
     hits.truncate(5);
-    if hits.is_empty() {
-        String::new()
-    } else {
-        format!("; there is {}", hits.join(", "))
-    }
+    if hits.is_empty() { String::new() } else { format!("; there is {}", hits.join(", ")) }
 }

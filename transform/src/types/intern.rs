@@ -5,9 +5,7 @@
 //! shallow content first, then split by the classes of what a type refers to until nothing splits any more.
 
 use super::dies::{RawKind, RawMember, RawUnit, Ref};
-use super::model::{
-    Bits, Encoding, Enumeration, Member, Record, RecordKind, Type, TypeId, TypeModel,
-};
+use super::model::{Bits, Encoding, Enumeration, Member, Record, RecordKind, Type, TypeId, TypeModel};
 use super::read::Names;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -86,9 +84,7 @@ impl Interned {
             Some(Ref::Signature(s)) => self.signatures.get(&s).copied().unwrap_or(u64::MAX),
             None => return TypeId::VOID,
         };
-        self.dies
-            .binary_search_by_key(&die, |d| d.0)
-            .map_or(TypeId::VOID, |i| self.dies[i].1)
+        self.dies.binary_search_by_key(&die, |d| d.0).map_or(TypeId::VOID, |i| self.dies[i].1)
     }
 
     pub(super) fn finish(mut self, model: &mut TypeModel) {
@@ -97,9 +93,7 @@ impl Interned {
             let id = TypeId(i as u32);
             let names = match t {
                 Type::Base { name, .. } | Type::Typedef { name, .. } => Some(name.to_string()),
-                Type::Record(Record {
-                    tag: Some(t), kind, ..
-                }) => Some(format!("{} {t}", kind.keyword())),
+                Type::Record(Record { tag: Some(t), kind, .. }) => Some(format!("{} {t}", kind.keyword())),
                 Type::Enum(Enumeration { tag: Some(t), .. }) => Some(format!("enum {t}")),
                 _ => None,
             };
@@ -136,11 +130,7 @@ impl<'r, 'a> Graph<'r, 'a> {
         for (u, unit) in raw.iter().enumerate() {
             for (i, n) in unit.nodes.iter().enumerate() {
                 g.dies.push((n.die, g.nodes.len() as u32));
-                g.nodes.push(Node {
-                    unit: u as u32,
-                    index: i as u32,
-                    level: 0,
-                });
+                g.nodes.push(Node { unit: u as u32, index: i as u32, level: 0 });
             }
         }
         g.dies.sort_unstable();
@@ -153,10 +143,7 @@ impl<'r, 'a> Graph<'r, 'a> {
                     if level == 1 {
                         inner.insert(i as u32, g.nodes.len() as u32);
                     }
-                    g.nodes.push(Node {
-                        level: level as u32,
-                        ..g.nodes[i]
-                    });
+                    g.nodes.push(Node { level: level as u32, ..g.nodes[i] });
                 }
             }
         }
@@ -217,9 +204,7 @@ impl<'r, 'a> Graph<'r, 'a> {
             },
             None => return VOID,
         };
-        self.dies
-            .binary_search_by_key(&die, |d| d.0)
-            .map_or(VOID, |i| self.dies[i].1)
+        self.dies.binary_search_by_key(&die, |d| d.0).map_or(VOID, |i| self.dies[i].1)
     }
 
     fn kind(&self, i: u32) -> &'r RawKind<'a> {
@@ -241,20 +226,9 @@ impl<'r, 'a> Graph<'r, 'a> {
         };
         let option = |h, o: Option<u64>| o.map_or(mix(h, 3), |v| mix(mix(h, 4), v));
         match self.kind(i) {
-            RawKind::Base {
-                name,
-                size,
-                encoding,
-            } => mix_bytes(mix(mix(1, *size), *encoding as u64), name),
+            RawKind::Base { name, size, encoding } => mix_bytes(mix(mix(1, *size), *encoding as u64), name),
             RawKind::Pointer(_) => 2,
-            RawKind::Record {
-                union,
-                name: n,
-                size,
-                decl,
-                members,
-                ..
-            } => {
+            RawKind::Record { union, name: n, size, decl, members, .. } => {
                 let mut h = name(mix(mix(3, u64::from(*union)), u64::from(*decl)), n);
                 h = mix(h, *size);
                 for m in members {
@@ -270,13 +244,7 @@ impl<'r, 'a> Graph<'r, 'a> {
                 }
                 h
             }
-            RawKind::Enum {
-                name: n,
-                size,
-                decl,
-                constants,
-                ..
-            } => {
+            RawKind::Enum { name: n, size, decl, constants, .. } => {
                 let mut h = name(mix(4, u64::from(*decl)), n);
                 h = option(h, *size);
                 for (n, v) in constants {
@@ -290,31 +258,20 @@ impl<'r, 'a> Graph<'r, 'a> {
             }
             RawKind::Typedef { name, .. } => mix_bytes(6, name),
             RawKind::Qualified { qualifier, .. } => mix(7, *qualifier as u64),
-            RawKind::Function {
-                variadic, params, ..
-            } => mix(mix(8, u64::from(*variadic)), params.len() as u64),
+            RawKind::Function { variadic, params, .. } => {
+                mix(mix(8, u64::from(*variadic)), params.len() as u64)
+            }
         }
     }
 
     /// Declarations of a tag that has one definition (or the same one many times) become that definition.
     fn complete(&mut self, shallow: &[u64]) {
         let tag = |k: &RawKind<'a>| match k {
-            RawKind::Record {
-                name: Some(n),
-                decl,
-                union,
-                members,
-                size,
-                signature,
-            } => {
+            RawKind::Record { name: Some(n), decl, union, members, size, signature } => {
                 let declared = *decl || (members.is_empty() && *size == 0 && signature.is_some());
                 Some((u8::from(*union), *n, declared, *signature))
             }
-            RawKind::Enum {
-                name: Some(n),
-                decl,
-                ..
-            } => Some((2, *n, *decl, None)),
+            RawKind::Enum { name: Some(n), decl, .. } => Some((2, *n, *decl, None)),
             _ => None,
         };
         let mut defined: HashMap<(u8, &'a [u8]), (u32, u64, bool)> = HashMap::new();
@@ -328,17 +285,12 @@ impl<'r, 'a> Graph<'r, 'a> {
                 continue;
             }
             let look = |c: &u32| shallow.get(*c as usize).copied().unwrap_or(0);
-            let key = self
-                .children(i)
-                .iter()
-                .fold(shallow[i as usize], |h, c| mix(h, look(c)));
+            let key = self.children(i).iter().fold(shallow[i as usize], |h, c| mix(h, look(c)));
             let e = defined.entry((kind, name)).or_insert((i, key, false));
             e.2 |= e.1 != key;
         }
         for (i, kind, name, signature) in declared {
-            let by_signature = signature
-                .map(|s| self.node_of(Some(s)))
-                .filter(|n| *n != VOID && *n != i);
+            let by_signature = signature.map(|s| self.node_of(Some(s))).filter(|n| *n != VOID && *n != i);
             let unique = defined.get(&(kind, name)).filter(|d| !d.2).map(|d| d.0);
             if let Some(to) = by_signature.or(unique) {
                 self.redirect.insert(i, to);
@@ -361,10 +313,7 @@ impl<'r, 'a> Graph<'r, 'a> {
         for _ in 0..MAX_ROUNDS {
             for (i, n) in next.iter_mut().enumerate() {
                 let look = |c: &u32| now.get(*c as usize).copied().unwrap_or(0x766f_6964);
-                *n = self
-                    .children(i as u32)
-                    .iter()
-                    .fold(shallow[i], |h, c| mix(h, look(c)));
+                *n = self.children(i as u32).iter().fold(shallow[i], |h, c| mix(h, look(c)));
             }
             std::mem::swap(&mut now, &mut next);
             let n = count(&now);
@@ -397,17 +346,13 @@ impl<'r, 'a> Graph<'r, 'a> {
                 (Some(b), _) => b.saturating_add(m.offset.saturating_mul(8)),
                 (None, Some(old)) => {
                     // Counted from the most significant bit of the storage unit; we count from the least.
-                    let unit =
-                        m.byte_size.unwrap_or_else(|| self.storage(child)).min(16) as i64 * 8;
+                    let unit = m.byte_size.unwrap_or_else(|| self.storage(child)).min(16) as i64 * 8;
                     let low = unit - old.clamp(-128, 128) - width.min(128) as i64;
                     m.offset.saturating_mul(8).saturating_add_signed(low)
                 }
                 (None, None) => m.offset.saturating_mul(8),
             };
-            Bits {
-                start,
-                width: width.min(128) as u32,
-            }
+            Bits { start, width: width.min(128) as u32 }
         });
         Member {
             name: m.name.map(|n| names.get(n)),
@@ -437,53 +382,26 @@ impl<'r, 'a> Graph<'r, 'a> {
         let child = |n: usize| children.get(n).map_or(TypeId::VOID, |&c| id(c));
         let alias = self.alias.get(&i);
         match self.kind(i) {
-            RawKind::Base {
-                name,
-                size,
-                encoding,
-            } => {
+            RawKind::Base { name, size, encoding } => {
                 if *size == 0 && *encoding == Encoding::Other && *name == b"void" {
                     return Type::Void;
                 }
-                Type::Base {
-                    name: names.get(name),
-                    size: (*size).min(64),
-                    encoding: *encoding,
-                }
+                Type::Base { name: names.get(name), size: (*size).min(64), encoding: *encoding }
             }
             RawKind::Pointer(_) => Type::Pointer(child(0)),
-            RawKind::Record {
-                union,
-                name,
-                size,
-                decl,
-                members,
-                ..
-            } => Type::Record(Record {
-                kind: if *union {
-                    RecordKind::Union
-                } else {
-                    RecordKind::Struct
-                },
+            RawKind::Record { union, name, size, decl, members, .. } => Type::Record(Record {
+                kind: if *union { RecordKind::Union } else { RecordKind::Struct },
                 tag: name.map(|n| names.get(n)),
                 alias: alias.filter(|_| name.is_none()).map(|n| names.get(n)),
                 size: *size,
                 members: members
                     .iter()
                     .enumerate()
-                    .map(|(n, m)| {
-                        self.member(m, child(n), children.get(n).copied().unwrap_or(VOID), names)
-                    })
+                    .map(|(n, m)| self.member(m, child(n), children.get(n).copied().unwrap_or(VOID), names))
                     .collect(),
                 incomplete: *decl,
             }),
-            RawKind::Enum {
-                name,
-                size,
-                under,
-                decl,
-                constants,
-            } => Type::Enum(Enumeration {
+            RawKind::Enum { name, size, under, decl, constants } => Type::Enum(Enumeration {
                 tag: name.map(|n| names.get(n)),
                 alias: alias.filter(|_| name.is_none()).map(|n| names.get(n)),
                 size: size.unwrap_or(4).min(16),
@@ -493,22 +411,11 @@ impl<'r, 'a> Graph<'r, 'a> {
             }),
             RawKind::Array { counts, .. } => Type::Array {
                 element: child(0),
-                count: counts
-                    .get(self.nodes[i as usize].level as usize)
-                    .copied()
-                    .flatten(),
+                count: counts.get(self.nodes[i as usize].level as usize).copied().flatten(),
             },
-            RawKind::Typedef { name, .. } => Type::Typedef {
-                name: names.get(name),
-                to: child(0),
-            },
-            RawKind::Qualified { qualifier, .. } => Type::Qualified {
-                qualifier: *qualifier,
-                to: child(0),
-            },
-            RawKind::Function {
-                params, variadic, ..
-            } => Type::Function {
+            RawKind::Typedef { name, .. } => Type::Typedef { name: names.get(name), to: child(0) },
+            RawKind::Qualified { qualifier, .. } => Type::Qualified { qualifier: *qualifier, to: child(0) },
+            RawKind::Function { params, variadic, .. } => Type::Function {
                 result: child(0),
                 params: (1..=params.len()).map(child).collect(),
                 variadic: *variadic,
@@ -541,9 +448,7 @@ pub(super) fn intern(raw: &[&RawUnit<'_>], names: &mut Names) -> Interned {
             n = g.redirect.get(&n).copied().unwrap_or(n);
         }
         let class = class.get(n as usize);
-        class
-            .and_then(|c| ids.get(c))
-            .map_or(TypeId::VOID, |&i| TypeId(i))
+        class.and_then(|c| ids.get(c)).map_or(TypeId::VOID, |&i| TypeId(i))
     };
     let mut types = vec![Type::Void];
     let mut units = vec![0];
@@ -552,12 +457,7 @@ pub(super) fn intern(raw: &[&RawUnit<'_>], names: &mut Names) -> Interned {
         units.push(g.nodes[r as usize].unit);
     }
     let dies = g.dies.iter().map(|&(d, n)| (d, id(n))).collect();
-    Interned {
-        types,
-        units,
-        dies,
-        signatures: g.signatures.clone(),
-    }
+    Interned { types, units, dies, signatures: g.signatures.clone() }
 }
 
 /// Computes sizes, and cuts what a damaged file could do to recursive code: a type that contains itself by

@@ -51,9 +51,7 @@ impl Local {
         let size = usize::try_from(model.size_of(self.ty)).ok()?;
         match &self.place {
             LocalPlace::Memory(a) => memory.bytes(*a, size).ok(),
-            LocalPlace::Register { value, .. } if size <= 8 => {
-                Some(value.to_le_bytes()[..size].to_vec())
-            }
+            LocalPlace::Register { value, .. } if size <= 8 => Some(value.to_le_bytes()[..size].to_vec()),
             LocalPlace::Value(v) if v.len() >= size => Some(v[..size].to_vec()),
             _ => None,
         }
@@ -85,16 +83,7 @@ impl TypeModel {
             return Vec::new();
         };
         let base = attrs_at(&dwarf, &unit, f.die).and_then(|a| a.frame_base);
-        let walk = Walk {
-            model: self,
-            dwarf: &dwarf,
-            unit: &unit,
-            frame,
-            memory,
-            bias,
-            pc,
-            base,
-        };
+        let walk = Walk { model: self, dwarf: &dwarf, unit: &unit, frame, memory, bias, pc, base };
         let mut out = Vec::new();
         let offset = (f.die & !SPACE_MASK).wrapping_sub(unit.header.offset().0 as u64);
         if let Ok(mut tree) = unit.entries_tree(Some(gimli::UnitOffset(offset as usize)))
@@ -175,14 +164,8 @@ impl<'a> Walk<'_, 'a> {
                     }
                 }
                 dw::DW_TAG_inlined_subroutine => {
-                    if a.code(self.dwarf, self.unit)
-                        .iter()
-                        .any(|r| r.0 <= self.pc && self.pc < r.1)
-                    {
-                        let name = self
-                            .resolve(a)
-                            .name
-                            .map(|n| String::from_utf8_lossy(n).into_owned());
+                    if a.code(self.dwarf, self.unit).iter().any(|r| r.0 <= self.pc && self.pc < r.1) {
+                        let name = self.resolve(a).name.map(|n| String::from_utf8_lossy(n).into_owned());
                         self.scope(child, Some(name.as_deref().unwrap_or("?")), depth + 1, out);
                     }
                 }
@@ -216,12 +199,7 @@ impl<'a> Walk<'_, 'a> {
             Some(f) => format!("{f}::{name}"),
             None => name.to_string(),
         };
-        Some(Local {
-            name,
-            ty,
-            parameter,
-            place,
-        })
+        Some(Local { name, ty, parameter, place })
     }
 
     fn place(&self, location: AttributeValue<Slice<'a>>, size: u64) -> LocalPlace {
@@ -248,11 +226,9 @@ impl<'a> Walk<'_, 'a> {
 
     fn register(&self, reg: u16) -> LocalPlace {
         match self.frame.regs.get(usize::from(reg)).copied().flatten() {
-            Some(value) => LocalPlace::Register {
-                reg,
-                saved_at: self.frame.saved_at[usize::from(reg)],
-                value,
-            },
+            Some(value) => {
+                LocalPlace::Register { reg, saved_at: self.frame.saved_at[usize::from(reg)], value }
+            }
             None => LocalPlace::Gone("in a register that a callee has overwritten"),
         }
     }
@@ -288,13 +264,7 @@ impl<'a> Walk<'_, 'a> {
                     }
                 }
                 Ok(EvaluationResult::RequiresRegister { register, .. }) => {
-                    match self
-                        .frame
-                        .regs
-                        .get(usize::from(register.0))
-                        .copied()
-                        .flatten()
-                    {
+                    match self.frame.regs.get(usize::from(register.0)).copied().flatten() {
                         Some(v) => eval.resume_with_register(Value::Generic(v)),
                         None => {
                             return LocalPlace::Gone(
@@ -325,9 +295,9 @@ impl<'a> Walk<'_, 'a> {
         match piece.location {
             Location::Address { address } => LocalPlace::Memory(Addr(address)),
             Location::Register { register } => self.register(register.0),
-            Location::Value { value } => value
-                .to_u64(u64::MAX)
-                .map_or(LOST, |v| LocalPlace::Value(v.to_le_bytes().to_vec())),
+            Location::Value { value } => {
+                value.to_u64(u64::MAX).map_or(LOST, |v| LocalPlace::Value(v.to_le_bytes().to_vec()))
+            }
             Location::Bytes { value } => {
                 LocalPlace::Value(value.slice()[..value.len().min(size as usize)].to_vec())
             }

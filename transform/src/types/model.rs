@@ -183,11 +183,7 @@ pub enum Type {
     /// `void`, and what the debug information does not say.
     Void,
     /// `int`, `double`, ….
-    Base {
-        name: Name,
-        size: u64,
-        encoding: Encoding,
-    },
+    Base { name: Name, size: u64, encoding: Encoding },
     /// A pointer.
     Pointer(TypeId),
     /// A struct or union.
@@ -201,11 +197,7 @@ pub enum Type {
     /// A qualified type.
     Qualified { qualifier: Qualifier, to: TypeId },
     /// A function.
-    Function {
-        result: TypeId,
-        params: Vec<TypeId>,
-        variadic: bool,
-    },
+    Function { result: TypeId, params: Vec<TypeId>, variadic: bool },
 }
 
 /// Where a variable lives.
@@ -415,10 +407,7 @@ impl TypeModel {
         (a.0 - start(self.globals_by_addr[n - 1]).0 < v.size.max(1)).then_some(v)
     }
     /// Functions of a name.
-    pub fn functions_named<'a>(
-        &'a self,
-        name: &str,
-    ) -> impl Iterator<Item = &'a Function> + use<'a> {
+    pub fn functions_named<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Function> + use<'a> {
         let found = self.functions_by_name.get(name);
         found.into_iter().flatten().map(|&i| &self.functions[i])
     }
@@ -426,11 +415,7 @@ impl TypeModel {
     #[must_use]
     pub fn function_at(&self, a: LinkAddr) -> Option<&Function> {
         let n = self.function_ranges.partition_point(|r| r.0 <= a.0);
-        let r = self.function_ranges[..n]
-            .iter()
-            .rev()
-            .take(8)
-            .find(|r| a.0 < r.1)?;
+        let r = self.function_ranges[..n].iter().rev().take(8).find(|r| a.0 < r.1)?;
         self.functions.get(r.2 as usize)
     }
     /// Every definition of "struct foo", "union foo", "enum foo" or of a typedef "foo_t".
@@ -444,12 +429,8 @@ impl TypeModel {
     #[must_use]
     pub fn find_type(&self, name: &str) -> Option<TypeId> {
         let name = name.trim();
-        let forms = [
-            name.to_owned(),
-            format!("struct {name}"),
-            format!("union {name}"),
-            format!("enum {name}"),
-        ];
+        let forms =
+            [name.to_owned(), format!("struct {name}"), format!("union {name}"), format!("enum {name}")];
         forms.iter().find_map(|n| {
             let all = self.find_types(n);
             let complete = all.iter().find(|&&t| !self.is_incomplete(t));
@@ -512,8 +493,7 @@ impl TypeModel {
     /// A pointer to a function.
     #[must_use]
     pub fn is_function_pointer(&self, id: TypeId) -> bool {
-        self.pointee(id)
-            .is_some_and(|t| matches!(self.strip(t), Type::Function { .. }))
+        self.pointee(id).is_some_and(|t| matches!(self.strip(t), Type::Function { .. }))
     }
     /// Names of the typedefs from `id` down to its resolved type.
     pub fn typedef_names(&self, mut id: TypeId) -> impl Iterator<Item = &Name> {
@@ -533,24 +513,20 @@ impl TypeModel {
     /// A mutex, condition variable, … by the name of one of its typedefs.
     #[must_use]
     pub fn sync_kind(&self, id: TypeId) -> Option<SyncKind> {
-        self.typedef_names(id)
-            .find_map(|n| SyncKind::from_typedef(n))
-            .or_else(|| match self.strip(id) {
-                Type::Record(Record { alias: Some(a), .. }) => SyncKind::from_typedef(a),
-                _ => None,
-            })
+        self.typedef_names(id).find_map(|n| SyncKind::from_typedef(n)).or_else(|| match self.strip(id) {
+            Type::Record(Record { alias: Some(a), .. }) => SyncKind::from_typedef(a),
+            _ => None,
+        })
     }
     /// `pthread_t` (or C11's `thrd_t`).
     #[must_use]
     pub fn is_pthread_t(&self, id: TypeId) -> bool {
-        self.typedef_names(id)
-            .any(|n| matches!(&**n, "pthread_t" | "thrd_t"))
+        self.typedef_names(id).any(|n| matches!(&**n, "pthread_t" | "thrd_t"))
     }
     /// `pid_t`.
     #[must_use]
     pub fn is_pid_t(&self, id: TypeId) -> bool {
-        self.typedef_names(id)
-            .any(|n| matches!(&**n, "pid_t" | "__pid_t"))
+        self.typedef_names(id).any(|n| matches!(&**n, "pid_t" | "__pid_t"))
     }
     /// The type of a debug-information entry.
     pub(super) fn type_of_die(&self, die: u64) -> Option<TypeId> {

@@ -25,11 +25,7 @@ pub(super) fn unit_name(name: &str, comp_dir: &str) -> String {
             p => parts.push(p),
         }
     }
-    if parts.is_empty() {
-        n.to_owned()
-    } else {
-        parts.join("/")
-    }
+    if parts.is_empty() { n.to_owned() } else { parts.join("/") }
 }
 
 /// No name of a type nests deeper than this in what we print.
@@ -79,30 +75,17 @@ impl TypeModel {
         match &self[id] {
             Type::Void => join("void", &inner),
             Type::Pointer(to) => {
-                let needs = matches!(
-                    self[self.unqualified(*to)],
-                    Type::Array { .. } | Type::Function { .. }
-                );
-                let inner = if needs {
-                    format!("(*{inner})")
-                } else {
-                    format!("*{inner}")
-                };
+                let needs = matches!(self[self.unqualified(*to)], Type::Array { .. } | Type::Function { .. });
+                let inner = if needs { format!("(*{inner})") } else { format!("*{inner}") };
                 self.declarator(*to, inner, depth - 1)
             }
             Type::Array { element, count } => {
                 let n = count.map(|n| n.to_string()).unwrap_or_default();
                 self.declarator(*element, format!("{inner}[{n}]"), depth - 1)
             }
-            Type::Function {
-                result,
-                params,
-                variadic,
-            } => {
-                let mut p: Vec<String> = params
-                    .iter()
-                    .map(|&t| self.declarator(t, String::new(), depth - 1))
-                    .collect();
+            Type::Function { result, params, variadic } => {
+                let mut p: Vec<String> =
+                    params.iter().map(|&t| self.declarator(t, String::new(), depth - 1)).collect();
                 if *variadic {
                     p.push("...".into());
                 } else if p.is_empty() {
@@ -137,37 +120,22 @@ impl TypeModel {
                 let _ = writeln!(
                     out,
                     "{} {{",
-                    self.type_name(self.resolve(id))
-                        .unwrap_or_else(|| r.kind.keyword().into())
+                    self.type_name(self.resolve(id)).unwrap_or_else(|| r.kind.keyword().into())
                 );
                 self.describe_members(&mut out, r, 0, 1);
-                let _ = writeln!(
-                    out,
-                    "\t/* size: {}, members: {} */",
-                    r.size,
-                    r.members.len()
-                );
+                let _ = writeln!(out, "\t/* size: {}, members: {} */", r.size, r.members.len());
                 out.push_str("};\n");
             }
             Type::Enum(e) => {
-                let _ = writeln!(
-                    out,
-                    "{} {{",
-                    self.type_name(self.resolve(id))
-                        .unwrap_or_else(|| "enum".into())
-                );
+                let _ =
+                    writeln!(out, "{} {{", self.type_name(self.resolve(id)).unwrap_or_else(|| "enum".into()));
                 for (n, v) in &e.constants {
                     let _ = writeln!(out, "\t{n} = {v},");
                 }
                 out.push_str("};\n");
             }
             _ => {
-                let _ = writeln!(
-                    out,
-                    "{}; /* size: {} */",
-                    self.declare(id, ""),
-                    self.size_of(id)
-                );
+                let _ = writeln!(out, "{}; /* size: {} */", self.declare(id, ""), self.size_of(id));
             }
         }
         out
@@ -199,10 +167,7 @@ impl TypeModel {
                     if let Some(b) = m.bits {
                         let _ = write!(line, ":{}", b.width);
                     }
-                    let bit = m
-                        .bits
-                        .map(|b| format!(":{:2}", b.start % 8))
-                        .unwrap_or_default();
+                    let bit = m.bits.map(|b| format!(":{:2}", b.start % 8)).unwrap_or_default();
                     let _ = writeln!(
                         out,
                         "{tabs}{:<32} /* {at:5}{bit} {:5} */",
@@ -227,10 +192,7 @@ impl TypeModel {
     pub fn member_bits(&self, m: &super::Member) -> (u64, u64) {
         match m.bits {
             Some(b) => (b.start, b.width.into()),
-            None => (
-                m.offset.saturating_mul(8),
-                self.size_of(m.ty).saturating_mul(8),
-            ),
+            None => (m.offset.saturating_mul(8), self.size_of(m.ty).saturating_mul(8)),
         }
     }
 }

@@ -19,11 +19,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            depth: 4,
-            elements: 16,
-            string: 200,
-        }
+        Self { depth: 4, elements: 16, string: 200 }
     }
 }
 
@@ -57,11 +53,7 @@ impl Printer<'_> {
                 s.push_str("{\n");
                 for m in &r.members {
                     let bits = m.bits.map(|b| (b.start - m.offset * 8, b.width));
-                    let inner = Value {
-                        addr: v.addr.add(m.offset),
-                        ty: m.ty,
-                        bits,
-                    };
+                    let inner = Value { addr: v.addr.add(m.offset), ty: m.ty, bits };
                     s.push_str(&indent(depth + 1));
                     if let Some(n) = &m.name {
                         let _ = write!(s, "{n} = ");
@@ -83,15 +75,7 @@ impl Printer<'_> {
                     if i > 0 {
                         s.push_str(", ");
                     }
-                    self.write(
-                        &Value {
-                            addr: v.addr.add(i * size),
-                            ty: *element,
-                            bits: None,
-                        },
-                        depth + 1,
-                        s,
-                    );
+                    self.write(&Value { addr: v.addr.add(i * size), ty: *element, bits: None }, depth + 1, s);
                 }
                 if count > self.limits.elements {
                     let _ = write!(s, ", ... {count} in all");
@@ -107,11 +91,8 @@ impl Printer<'_> {
     }
 
     fn chars(&self, at: Addr, count: Option<u64>) -> String {
-        let n = count.map_or(self.limits.string, |c| {
-            self.limits
-                .string
-                .min(usize::try_from(c).unwrap_or(usize::MAX))
-        });
+        let n = count
+            .map_or(self.limits.string, |c| self.limits.string.min(usize::try_from(c).unwrap_or(usize::MAX)));
         match self.memory.bytes(at, n) {
             Ok(b) => {
                 let end = b.iter().rposition(|&c| c != 0).map_or(0, |p| p + 1);
@@ -129,11 +110,7 @@ impl Printer<'_> {
             let mut w = [0u8; 16];
             w.get_mut(..bytes)?.copy_from_slice(&b);
             let all = u128::from_le_bytes(w) >> start;
-            let mask = if width >= 64 {
-                u64::MAX
-            } else {
-                (1u64 << width) - 1
-            };
+            let mask = if width >= 64 { u64::MAX } else { (1u64 << width) - 1 };
             return Some(all as u64 & mask);
         }
         let b = self.memory.bytes(v.addr, (size as usize).min(8)).ok()?;
@@ -154,43 +131,21 @@ impl Printer<'_> {
             return "<not in the image>".into();
         };
         match self.model.strip(v.ty) {
-            Type::Base {
-                encoding: Encoding::Bool,
-                ..
-            } => if w == 0 { "false" } else { "true" }.into(),
-            Type::Base {
-                encoding: Encoding::Float,
-                size: 4,
-                ..
-            } => f32::from_bits(w as u32).to_string(),
-            Type::Base {
-                encoding: Encoding::Float,
-                size: 8,
-                ..
-            } => f64::from_bits(w).to_string(),
+            Type::Base { encoding: Encoding::Bool, .. } => if w == 0 { "false" } else { "true" }.into(),
+            Type::Base { encoding: Encoding::Float, size: 4, .. } => f32::from_bits(w as u32).to_string(),
+            Type::Base { encoding: Encoding::Float, size: 8, .. } => f64::from_bits(w).to_string(),
             Type::Base { encoding, .. } if encoding.is_char() && w != 0 => {
-                let n = if encoding.is_signed() {
-                    Self::signed(v, w, size)
-                } else {
-                    w as i64
-                };
+                let n = if encoding.is_signed() { Self::signed(v, w, size) } else { w as i64 };
                 match char::from_u32(w as u32).filter(char::is_ascii_graphic) {
                     Some(c) => format!("{n} '{c}'"),
                     None => n.to_string(),
                 }
             }
-            Type::Base { encoding, .. } if encoding.is_signed() => {
-                Self::signed(v, w, size).to_string()
-            }
+            Type::Base { encoding, .. } if encoding.is_signed() => Self::signed(v, w, size).to_string(),
             Type::Base { .. } => w.to_string(),
             Type::Enum(e) => {
-                let n = if e.signed {
-                    i128::from(Self::signed(v, w, size))
-                } else {
-                    i128::from(w)
-                };
-                e.name_of(n)
-                    .map_or_else(|| n.to_string(), ToString::to_string)
+                let n = if e.signed { i128::from(Self::signed(v, w, size)) } else { i128::from(w) };
+                e.name_of(n).map_or_else(|| n.to_string(), ToString::to_string)
             }
             Type::Pointer(to) => self.pointer(*to, w),
             _ => format!("{w:#x}"),
@@ -226,14 +181,8 @@ impl Printer<'_> {
                 let mut o = Map::new();
                 for m in &r.members {
                     let bits = m.bits.map(|b| (b.start - m.offset * 8, b.width));
-                    let inner = self.to_json(
-                        &Value {
-                            addr: v.addr.add(m.offset),
-                            ty: m.ty,
-                            bits,
-                        },
-                        depth + 1,
-                    );
+                    let inner =
+                        self.to_json(&Value { addr: v.addr.add(m.offset), ty: m.ty, bits }, depth + 1);
                     match (&m.name, inner) {
                         (Some(n), j) => drop(o.insert(n.to_string(), j)),
                         (None, Json::Object(sub)) => o.extend(sub),
@@ -252,11 +201,7 @@ impl Printer<'_> {
                 let size = self.model.size_of(*element);
                 (0..count.unwrap_or(0).min(self.limits.elements))
                     .map(|i| {
-                        let e = Value {
-                            addr: v.addr.add(i * size),
-                            ty: *element,
-                            bits: None,
-                        };
+                        let e = Value { addr: v.addr.add(i * size), ty: *element, bits: None };
                         self.to_json(&e, depth + 1)
                     })
                     .collect()
@@ -272,10 +217,7 @@ impl Printer<'_> {
                 o.insert("address".into(), Json::String(format!("{p:#x}")));
                 if self.is_char(*to) {
                     if let Ok(b) = self.memory.cstr(Addr(p), self.limits.string) {
-                        o.insert(
-                            "string".into(),
-                            Json::String(String::from_utf8_lossy(&b).into_owned()),
-                        );
+                        o.insert("string".into(), Json::String(String::from_utf8_lossy(&b).into_owned()));
                     }
                 } else if let Some(n) = (self.symbol)(Addr(p)) {
                     o.insert("symbol".into(), Json::String(n));
@@ -288,18 +230,11 @@ impl Printer<'_> {
                     return Json::Null;
                 };
                 match t {
-                    Type::Base {
-                        encoding: Encoding::Bool,
-                        ..
-                    } => Json::Bool(w != 0),
-                    Type::Base {
-                        encoding: Encoding::Float,
-                        size: 8,
-                        ..
-                    } => Number::from_f64(f64::from_bits(w)).map_or(Json::Null, Json::Number),
-                    Type::Base { encoding, .. } if encoding.is_signed() => {
-                        Self::signed(v, w, size).into()
+                    Type::Base { encoding: Encoding::Bool, .. } => Json::Bool(w != 0),
+                    Type::Base { encoding: Encoding::Float, size: 8, .. } => {
+                        Number::from_f64(f64::from_bits(w)).map_or(Json::Null, Json::Number)
                     }
+                    Type::Base { encoding, .. } if encoding.is_signed() => Self::signed(v, w, size).into(),
                     Type::Base { encoding, .. } if encoding.is_integer() => w.into(),
                     _ => Json::String(self.scalar(v)),
                 }

@@ -21,10 +21,9 @@ impl TypeModel {
         let mut model = if elf.has_dwarf() {
             Self::from_sections(Sections::read(elf, dirs)?, &path)?
         } else {
-            let companion = dirs.companion(elf).ok_or_else(|| TypesError::NoDwarf {
-                path: path.clone(),
-                build_id: elf.build_id_hex(),
-            })?;
+            let companion = dirs
+                .companion(elf)
+                .ok_or_else(|| TypesError::NoDwarf { path: path.clone(), build_id: elf.build_id_hex() })?;
             Self::from_sections(Sections::read(&companion, dirs)?, &path)?
         };
         // An initialiser may fill a flexible array: the symbol knows how far.
@@ -55,22 +54,15 @@ impl TypeModel {
 
     fn index(&mut self) {
         for (i, v) in self.globals.iter().enumerate() {
-            self.globals_by_name
-                .entry(v.name.clone())
-                .or_default()
-                .push(i);
+            self.globals_by_name.entry(v.name.clone()).or_default().push(i);
             if v.place.link().is_some() {
                 self.globals_by_addr.push(i);
             }
         }
         let globals = &self.globals;
-        self.globals_by_addr
-            .sort_by_key(|&i| globals[i].place.link());
+        self.globals_by_addr.sort_by_key(|&i| globals[i].place.link());
         for (i, f) in self.functions.iter().enumerate() {
-            self.functions_by_name
-                .entry(f.name.clone())
-                .or_default()
-                .push(i);
+            self.functions_by_name.entry(f.name.clone()).or_default().push(i);
             for r in &f.ranges {
                 self.function_ranges.push((r.0.0, r.1.0, i as u32));
             }
@@ -105,34 +97,24 @@ impl<'d, 'a> Units<'d, 'a> {
         };
         let mut headers: Vec<(bool, Header<'a>)> = Vec::new();
         let mut it = dwarf.units();
-        while let Some(h) = it
-            .next()
-            .map_err(|e| damaged("a unit header of .debug_info", e))?
-        {
+        while let Some(h) = it.next().map_err(|e| damaged("a unit header of .debug_info", e))? {
             headers.push((false, h));
         }
         if let Some(sup) = dwarf.sup() {
             let mut it = sup.units();
-            while let Some(h) = it
-                .next()
-                .map_err(|e| damaged("a unit header of the supplementary file", e))?
+            while let Some(h) =
+                it.next().map_err(|e| damaged("a unit header of the supplementary file", e))?
             {
                 headers.push((true, h));
             }
         }
         let mut it = dwarf.type_units();
-        while let Some(h) = it
-            .next()
-            .map_err(|e| damaged("a unit header of .debug_types", e))?
-        {
+        while let Some(h) = it.next().map_err(|e| damaged("a unit header of .debug_types", e))? {
             headers.push((false, h));
         }
         // C programs are written in 4 and 5; start files of the C library may carry 2 or 3.
         if let Some(h) = headers.iter().find(|h| !(2..=5).contains(&h.1.version())) {
-            return Err(TypesError::Version {
-                path: path.to_owned(),
-                version: h.1.version(),
-            });
+            return Err(TypesError::Version { path: path.to_owned(), version: h.1.version() });
         }
         let next = AtomicUsize::new(0);
         let done = Mutex::new(Vec::with_capacity(headers.len()));
@@ -158,26 +140,17 @@ impl<'d, 'a> Units<'d, 'a> {
                         mine.push((key, u, raw));
                     }
                     Err(e) => {
-                        let at = format!(
-                            "the unit at {:#x} of {}",
-                            header.offset().0,
-                            header.section().name()
-                        );
-                        *failed
-                            .lock()
-                            .unwrap_or_else(std::sync::PoisonError::into_inner) =
+                        let at =
+                            format!("the unit at {:#x} of {}", header.offset().0, header.section().name());
+                        *failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
                             Some(damaged(&at, e));
                         break;
                     }
                 }
             }
-            done.lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                .append(&mut mine);
+            done.lock().unwrap_or_else(std::sync::PoisonError::into_inner).append(&mut mine);
         };
-        let threads = std::thread::available_parallelism()
-            .map_or(1, usize::from)
-            .min(8);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
         if threads == 1 || headers.len() < 4 {
             work();
         } else {
@@ -187,15 +160,10 @@ impl<'d, 'a> Units<'d, 'a> {
                 }
             });
         }
-        if let Some(e) = failed
-            .into_inner()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-        {
+        if let Some(e) = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
             return Err(e);
         }
-        let mut all = done
-            .into_inner()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut all = done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         all.sort_by_key(|u| u.0);
         if let Some(dwo) = all.iter().find_map(|u| u.2.dwo) {
             return Err(TypesError::Split {
@@ -214,10 +182,7 @@ impl<'d, 'a> Units<'d, 'a> {
 
     /// Follows DW_AT_abstract_origin and DW_AT_specification.
     fn origin(&self, r: Option<Ref>) -> Origin<'a> {
-        let mut out = Origin {
-            unit: usize::MAX,
-            ..Origin::default()
-        };
+        let mut out = Origin { unit: usize::MAX, ..Origin::default() };
         let mut next = r;
         for _ in 0..8 {
             let Some(Ref::Die(die)) = next else { break };
@@ -248,8 +213,7 @@ impl<'d, 'a> Units<'d, 'a> {
             .iter()
             .map(|(_, u, _)| {
                 let text = |s: Option<super::sections::Slice<'_>>| {
-                    s.map(|s| String::from_utf8_lossy(s.slice()).into_owned())
-                        .unwrap_or_default()
+                    s.map(|s| String::from_utf8_lossy(s.slice()).into_owned()).unwrap_or_default()
                 };
                 names.get(unit_name(&text(u.name), &text(u.comp_dir)).as_bytes())
             })
@@ -262,8 +226,7 @@ impl<'d, 'a> Units<'d, 'a> {
         let mut seen = HashSet::new();
         for (n, (_, unit, raw)) in self.all.iter().enumerate() {
             for v in &raw.vars {
-                let Some(mut g) = self.variable(v, n, &model.unit_names, &mut names, &type_of)
-                else {
+                let Some(mut g) = self.variable(v, n, &model.unit_names, &mut names, &type_of) else {
                     continue;
                 };
                 if !seen.insert((g.0.place, g.0.name.clone())) {
@@ -288,11 +251,7 @@ impl<'d, 'a> Units<'d, 'a> {
             }
         }
         for (n, (_, _, raw)) in self.all.iter().enumerate() {
-            for f in raw
-                .funcs
-                .iter()
-                .filter(|f| !(f.ranges.is_empty() && replaced.contains(&f.die)))
-            {
+            for f in raw.funcs.iter().filter(|f| !(f.ranges.is_empty() && replaced.contains(&f.die))) {
                 if let Some(f) = self.function(f, n, &model.unit_names, &mut names) {
                     model.functions.push(f);
                 }
@@ -365,10 +324,7 @@ fn number_statics(globals: &mut [Variable]) {
     let mut groups: HashMap<(Name, Name, Name), Vec<usize>> = HashMap::new();
     for (i, v) in globals.iter().enumerate() {
         if let Some(f) = &v.function {
-            groups
-                .entry((v.unit.clone(), f.clone(), v.name.clone()))
-                .or_default()
-                .push(i);
+            groups.entry((v.unit.clone(), f.clone(), v.name.clone())).or_default().push(i);
         }
     }
     for g in groups.values_mut().filter(|g| g.len() > 1) {
@@ -466,25 +422,16 @@ impl FileNames {
         let path = (|| {
             let program = unit.line_program.as_ref()?.header();
             let entry = program.file(file)?;
-            let text = |v| {
-                dwarf
-                    .attr_string(unit, v)
-                    .ok()
-                    .map(|s| String::from_utf8_lossy(s.slice()).into_owned())
-            };
+            let text =
+                |v| dwarf.attr_string(unit, v).ok().map(|s| String::from_utf8_lossy(s.slice()).into_owned());
             let name = text(entry.path_name())?;
-            let dir = entry
-                .directory(program)
-                .and_then(text)
-                .filter(|_| !name.starts_with('/'));
+            let dir = entry.directory(program).and_then(text).filter(|_| !name.starts_with('/'));
             let full = match dir.filter(|d| !d.is_empty()) {
                 Some(d) => format!("{d}/{name}"),
                 None => name,
             };
-            let comp = unit
-                .comp_dir
-                .map(|c| String::from_utf8_lossy(c.slice()).into_owned())
-                .unwrap_or_default();
+            let comp =
+                unit.comp_dir.map(|c| String::from_utf8_lossy(c.slice()).into_owned()).unwrap_or_default();
             Some(names.get(unit_name(&full, &comp).as_bytes()))
         })();
         self.known.insert((n, file), path.clone());

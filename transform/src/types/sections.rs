@@ -43,12 +43,7 @@ pub struct Sections {
 impl fmt::Debug for Sections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let size = |v: &[(SectionId, Vec<u8>)]| v.iter().map(|s| s.1.len()).sum::<usize>();
-        write!(
-            f,
-            "Sections({} + {} bytes)",
-            size(&self.main),
-            size(&self.sup)
-        )
+        write!(f, "Sections({} + {} bytes)", size(&self.main), size(&self.sup))
     }
 }
 
@@ -66,19 +61,10 @@ impl Sections {
             Ok(v)
         };
         let main = take(elf)?;
-        if main
-            .iter()
-            .all(|s| s.0 != SectionId::DebugInfo || s.1.is_empty())
-        {
-            return Err(TypesError::NoDwarf {
-                path,
-                build_id: elf.build_id_hex(),
-            });
+        if main.iter().all(|s| s.0 != SectionId::DebugInfo || s.1.is_empty()) {
+            return Err(TypesError::NoDwarf { path, build_id: elf.build_id_hex() });
         }
-        let wants_sup = elf
-            .section_data(".gnu_debugaltlink")
-            .map_err(TypesError::Elf)?
-            .is_some();
+        let wants_sup = elf.section_data(".gnu_debugaltlink").map_err(TypesError::Elf)?.is_some();
         let sup = match (wants_sup, dirs.alternate(elf)) {
             (false, _) => Vec::new(),
             (true, Some(f)) => take(&f)?,
@@ -90,10 +76,7 @@ impl Sections {
     /// Sections given directly, for tests.
     #[cfg(test)]
     pub(super) fn of(main: Vec<(SectionId, Vec<u8>)>) -> Self {
-        Self {
-            main,
-            sup: Vec::new(),
-        }
+        Self { main, sup: Vec::new() }
     }
     /// The content, for tests that damage it.
     #[cfg(test)]
@@ -107,8 +90,7 @@ impl Sections {
             let found = v.iter().find(|s| s.0 == id).map_or(&[][..], |s| &s.1);
             EndianSlice::new(found, LittleEndian)
         }
-        let Ok(mut dwarf) =
-            Dwarf::load(|id| Ok::<_, std::convert::Infallible>(get(&self.main, id)));
+        let Ok(mut dwarf) = Dwarf::load(|id| Ok::<_, std::convert::Infallible>(get(&self.main, id)));
         if !self.sup.is_empty() {
             let Ok(sup) = Dwarf::load(|id| Ok::<_, std::convert::Infallible>(get(&self.sup, id)));
             dwarf.set_sup(sup);

@@ -52,12 +52,7 @@ impl Target {
     /// The words of all lines that start with `tag`.
     pub fn tagged(&self, tag: &str) -> Vec<Vec<String>> {
         let split = |l: &String| l.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        self.lines
-            .iter()
-            .map(split)
-            .filter(|w| w[0] == tag)
-            .map(|w| w[1..].to_vec())
-            .collect()
+        self.lines.iter().map(split).filter(|w| w[0] == tag).map(|w| w[1..].to_vec()).collect()
     }
     pub fn vmas(&self) -> Vec<proto::Vma> {
         let text = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).expect("maps");
@@ -67,11 +62,7 @@ impl Target {
     pub fn threads(&self) -> Vec<proto::Thread> {
         self.tagged("T")
             .iter()
-            .map(|w| proto::Thread {
-                tid: w[0].parse().unwrap(),
-                fs_base: hex(&w[1]),
-                ..Default::default()
-            })
+            .map(|w| proto::Thread { tid: w[0].parse().unwrap(), fs_base: hex(&w[1]), ..Default::default() })
             .collect()
     }
 }
@@ -85,24 +76,13 @@ impl Drop for Target {
 
 impl Memory for Target {
     fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
-        self.mem
-            .read_exact_at(buf, addr.0)
-            .map_err(|source| MemoryError::Io {
-                addr,
-                len: buf.len(),
-                source,
-            })
+        self.mem.read_exact_at(buf, addr.0).map_err(|source| MemoryError::Io { addr, len: buf.len(), source })
     }
     fn regions(&self) -> Vec<Region> {
         self.vmas()
             .into_iter()
             .filter(|v| v.prot & 1 != 0 && !v.name.starts_with("[v"))
-            .map(|v| Region {
-                start: Addr(v.start),
-                end: Addr(v.end),
-                prot: v.prot,
-                name: v.name,
-            })
+            .map(|v| Region { start: Addr(v.start), end: Addr(v.end), prot: v.prot, name: v.name })
             .collect()
     }
 }

@@ -13,9 +13,7 @@ pub struct Workshop {
 
 impl Workshop {
     pub fn new() -> Self {
-        Self {
-            dir: tempfile::tempdir().unwrap(),
-        }
+        Self { dir: tempfile::tempdir().unwrap() }
     }
     pub fn path(&self) -> &Path {
         self.dir.path()
@@ -40,16 +38,8 @@ impl Workshop {
             .arg("-lpthread")
             .output()
             .expect("gcc");
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         out
-    }
-    pub fn model(&self, program: &str, text: &str, flags: &[&str]) -> TypeModel {
-        let p = self.build(program, &[(&format!("{program}.c"), text)], flags);
-        load(&p)
     }
 }
 
