@@ -1,18 +1,26 @@
 //! Live processes: ptrace, freezing, collecting kernel state, snapshots and dumps.
 //!
-//! `unsafe` is confined to [`tracee`] and the private `sys` module.
+//! `unsafe` is confined to [`tracee`], the private `sys` module and single calls in [`collect`].
 #![deny(unsafe_code)]
 
-#[allow(unsafe_code)]
 pub mod collect;
+pub mod freeze;
 mod memory;
+pub mod modules;
 pub mod probe;
 pub mod procfs;
+pub mod quiesce;
 #[allow(unsafe_code)]
 mod sys;
+mod threads;
 #[allow(unsafe_code)]
 pub mod tracee;
 
+pub use collect::{CollectError, Collected};
+pub use freeze::{FreezeError, FreezeOptions, Frozen, reap_hidden, tids};
 pub use memory::ProcessMemory;
-pub use sys::{interrupted, set_interrupted};
-pub use tracee::{Blocked, Call, Scratch, Stop, TraceError, Tracee, blocked_call};
+pub use quiesce::{QuiesceError, QuiesceOptions, ThreadState};
+pub use sys::{interrupted, pidfd_getfd, set_interrupted};
+pub use tracee::{
+    Agent, Blocked, Call, CloneFlags, Resume, Scratch, Stop, TraceError, Tracee, blocked_call,
+};

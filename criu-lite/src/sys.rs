@@ -150,3 +150,93 @@ impl Drop for RealTime {
         }
     }
 }
+
+/// get_robust_list(2): head and length.
+pub(crate) fn get_robust_list(tid: i32) -> Result<(u64, u64), Errno> {
+    let (mut head, mut len) = (0u64, 0u64);
+    // SAFETY: both are live words.
+    check(unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) })?;
+    Ok((head, len))
+}
+
+/// Scheduling policy and real-time priority.
+pub(crate) fn scheduler(tid: i32) -> (u32, u32) {
+    // SAFETY: a live struct; errors leave zeros.
+    unsafe {
+        let mut p: libc::sched_param = std::mem::zeroed();
+        let policy = libc::sched_getscheduler(tid).max(0);
+        libc::sched_getparam(tid, &mut p);
+        (policy as u32, p.sched_priority.max(0) as u32)
+    }
+}
+
+/// getpriority(2).
+pub(crate) fn nice(tid: i32) -> i32 {
+    // SAFETY: plain numbers. The raw call returns 20 - nice.
+    let r = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) };
+    if r > 0 { 20 - r as i32 } else { 0 }
+}
+
+/// sched_getaffinity(2), as many bytes as the kernel writes.
+pub(crate) fn affinity(tid: i32) -> Vec<u8> {
+    let mut buf = vec![0u8; 1024];
+    // SAFETY: a live buffer of its length.
+    let n = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getaffinity,
+            tid,
+            buf.len(),
+            buf.as_mut_ptr(),
+        )
+    };
+    buf.truncate(n.max(0) as usize);
+    buf
+}
+
+/// PAGEMAP_SCAN (Linux 6.7) over a pagemap file: ranges of pages that are in memory or swapped out. `not` is
+/// a set of PAGE_IS_* that they must not have.
+pub(crate) fn pagemap_scan(
+    pagemap: &std::fs::File,
+    start: u64,
+    end: u64,
+    not: u64,
+    out: &mut Vec<(u64, u64)>,
+) -> Result<(), Errno> {
+    use linux_raw_sys::general::{page_region, pm_scan_arg};
+    /// _IOWR('f', 16, struct pm_scan_arg).
+    const PAGEMAP_SCAN: u64 = 0xc060_6610;
+    /// PAGE_IS_PRESENT | PAGE_IS_SWAPPED.
+    const HAS_CONTENT: u64 = 1 << 3 | 1 << 4;
+    let mut at = start;
+    // SAFETY: plain numbers in every field.
+    let mut regions: Vec<page_region> = vec![unsafe { std::mem::zeroed() }; 512];
+    while at < end {
+        // SAFETY: plain numbers in every field; the vector outlives the call.
+        let n = unsafe {
+            let mut arg: pm_scan_arg = std::mem::zeroed();
+            arg.size = size_of::<pm_scan_arg>() as u64;
+            arg.start = at;
+            arg.end = end;
+            arg.vec = regions.as_mut_ptr() as u64;
+            arg.vec_len = regions.len() as u64;
+            arg.category_inverted = not;
+            arg.category_mask = not;
+            arg.category_anyof_mask = HAS_CONTENT;
+            arg.return_mask = HAS_CONTENT;
+            let n = check(i64::from(libc::ioctl(
+                pagemap.as_raw_fd(),
+                PAGEMAP_SCAN,
+                &raw mut arg,
+            )))?;
+            at = if arg.walk_end > at { arg.walk_end } else { end };
+            n
+        };
+        for r in &regions[..n as usize] {
+            match out.last_mut() {
+                Some(last) if last.1 == r.start => last.1 = r.end,
+                _ => out.push((r.start, r.end)),
+            }
+        }
+    }
+    Ok(())
+}

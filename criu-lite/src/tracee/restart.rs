@@ -131,7 +131,7 @@ fn original(mem: &ProcessMemory, at: Addr, rax: i64) -> Option<i64> {
         .bytes(Addr(at.0.checked_sub(BACK)?), BACK as usize)
         .ok()?;
     // `b8 imm32` nearest to the instruction with the number of a call that has a restart block.
-    (0..code.len() - 5).rev().find_map(|i| {
+    (0..=code.len() - 5).rev().find_map(|i| {
         let imm = i64::from(u32::from_le_bytes([
             code[i + 1],
             code[i + 2],

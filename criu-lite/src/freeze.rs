@@ -1,0 +1,513 @@
+//! Freezing: every thread of a process in a ptrace event stop, and all of them let go again, whatever happens.
+
+use crate::sys::{self, RealTime};
+use crate::tracee::{CloneFlags, Site, Stop};
+use crate::{ProcessMemory, TraceError, Tracee, modules};
+use mcr_image::{ModuleMap, Pid, Tid, proto};
+use nix::errno::Errno;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How to freeze.
+#[derive(Clone, Copy, Debug)]
+pub struct FreezeOptions {
+    /// For all threads to stop.
+    pub timeout: Duration,
+}
+
+impl Default for FreezeOptions {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why a process cannot be frozen. It runs on as before.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// Nobody has this pid.
+    #[error("no process has pid {pid}; look it up with `pgrep` or `ps`")]
+    NoProcess {
+        /// The pid.
+        pid: Pid,
+    },
+    /// The pid is a thread's.
+    #[error("{pid} is a thread of process {process}; give {process}")]
+    NotAProcess {
+        /// The thread.
+        pid: Pid,
+        /// Its process.
+        process: Pid,
+    },
+    /// It lives in the kernel.
+    #[error("process {pid} ({comm}) is a kernel thread; only user programs can be frozen")]
+    KernelThread {
+        /// The pid.
+        pid: Pid,
+        /// Its name.
+        comm: String,
+    },
+    /// It is this program.
+    #[error("process {pid} is mcr itself; give the pid of the server")]
+    Ourselves {
+        /// The pid.
+        pid: Pid,
+    },
+    /// It has ended and waits for its parent.
+    #[error(
+        "process {pid} ({comm}) is a zombie: it has ended and waits for its parent {parent} to collect it"
+    )]
+    Zombie {
+        /// The pid.
+        pid: Pid,
+        /// Its name.
+        comm: String,
+        /// Its parent.
+        parent: Pid,
+    },
+    /// Its main thread has exited.
+    #[error(
+        "the main thread of process {pid} ({comm}) has exited; such a process cannot be carried"
+    )]
+    LeaderExited {
+        /// The pid.
+        pid: Pid,
+        /// Its name.
+        comm: String,
+    },
+    /// Job control has stopped it.
+    #[error(
+        "process {pid} ({comm}) is stopped by job control; continue it first: kill -CONT {pid}"
+    )]
+    Stopped {
+        /// The pid.
+        pid: Pid,
+        /// Its name.
+        comm: String,
+    },
+    /// A debugger holds it.
+    #[error("process {pid} is already traced by process {tracer} ({tracer_comm}); end that first")]
+    AlreadyTraced {
+        /// The pid.
+        pid: Pid,
+        /// The tracer.
+        tracer: Pid,
+        /// Its name.
+        tracer_comm: String,
+    },
+    /// Rights are missing.
+    #[error(
+        "process {pid}: {call}: not permitted; run as root or as its user (uid {uid}), with ptrace allowed"
+    )]
+    Denied {
+        /// The pid.
+        pid: Pid,
+        /// Its user.
+        uid: u32,
+        /// What was refused.
+        call: &'static str,
+    },
+    /// 32-bit code.
+    #[error("process {pid} ({comm}) is a 32-bit program; only x86-64 programs are supported")]
+    ThirtyTwoBit {
+        /// The pid.
+        pid: Pid,
+        /// Its name.
+        comm: String,
+    },
+    /// A ptrace operation failed.
+    #[error("process {pid}: {source}")]
+    Trace {
+        /// The pid.
+        pid: Pid,
+        /// Why.
+        #[source]
+        source: TraceError,
+    },
+}
+
+/// What /proc/PID/status says.
+struct Status(String);
+
+impl Status {
+    fn read(pid: i32) -> Option<Self> {
+        let b = std::fs::read(format!("/proc/{pid}/status")).ok()?;
+        Some(Self(String::from_utf8_lossy(&b).into_owned()))
+    }
+    fn get(&self, key: &str) -> &str {
+        self.0
+            .lines()
+            .find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))
+            .map_or("", str::trim)
+    }
+    fn num(&self, key: &str) -> i32 {
+        self.get(key)
+            .split_whitespace()
+            .next()
+            .and_then(|w| w.parse().ok())
+            .unwrap_or(0)
+    }
+}
+
+/// Looks at a pid before anything is done to it.
+pub fn examine(pid: Pid) -> Result<(), FreezeError> {
+    if pid.0 <= 0 {
+        return Err(FreezeError::NoProcess { pid });
+    }
+    if pid.0 == std::process::id() as i32 {
+        return Err(FreezeError::Ourselves { pid });
+    }
+    let st = Status::read(pid.0).ok_or(FreezeError::NoProcess { pid })?;
+    let comm = st.get("Name").to_owned();
+    let process = Pid(st.num("Tgid"));
+    if process != pid {
+        return Err(FreezeError::NotAProcess { pid, process });
+    }
+    /// PF_KTHREAD, include/linux/sched.h.
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    let stat =
+        std::fs::read(format!("/proc/{pid}/stat")).map_err(|_| FreezeError::NoProcess { pid })?;
+    let stat = String::from_utf8_lossy(&stat).into_owned();
+    let flags = stat
+        .rsplit_once(") ")
+        .and_then(|(_, r)| r.split(' ').nth(6)?.parse::<u64>().ok())
+        .unwrap_or(0);
+    if flags & PF_KTHREAD != 0 {
+        return Err(FreezeError::KernelThread { pid, comm });
+    }
+    match st.get("State").chars().next() {
+        Some('Z' | 'X') if st.num("Threads") > 1 => {
+            return Err(FreezeError::LeaderExited { pid, comm });
+        }
+        Some('Z' | 'X') => {
+            return Err(FreezeError::Zombie {
+                pid,
+                comm,
+                parent: Pid(st.num("PPid")),
+            });
+        }
+        Some('T') => return Err(FreezeError::Stopped { pid, comm }),
+        _ => {}
+    }
+    traced(pid, &st)?;
+    // EI_CLASS of the program.
+    let mut head = [0u8; 5];
+    let uid = st.num("Uid") as u32;
+    match std::fs::File::open(format!("/proc/{pid}/exe")) {
+        Ok(mut f) => {
+            use std::io::Read;
+            if f.read_exact(&mut head).is_ok() && head[4] == 1 {
+                return Err(FreezeError::ThirtyTwoBit { pid, comm });
+            }
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            return Err(FreezeError::Denied {
+                pid,
+                uid,
+                call: "opening /proc/PID/exe",
+            });
+        }
+        Err(_) => {}
+    }
+    Ok(())
+}
+
+fn traced(pid: Pid, st: &Status) -> Result<(), FreezeError> {
+    let tracer = st.num("TracerPid");
+    if tracer == 0 {
+        return Ok(());
+    }
+    let tracer_comm = Status::read(tracer).map_or_else(String::new, |s| s.get("Name").to_owned());
+    Err(FreezeError::AlreadyTraced {
+        pid,
+        tracer: Pid(tracer),
+        tracer_comm,
+    })
+}
+
+/// A process whose threads all sit in event stops. Dropping it lets them go as they were, also on a panic;
+/// when the engine is killed the kernel lets them go.
+pub struct Frozen {
+    pid: Pid,
+    pidfd: OwnedFd,
+    threads: Vec<Tracee>,
+    mem: Arc<ProcessMemory>,
+    modules: Option<Arc<ModuleMap>>,
+    vmas: Option<Arc<Vec<proto::Vma>>>,
+    since: Instant,
+    // Last: the threads are detached before the engine gives its priority back.
+    real_time: Option<RealTime>,
+}
+
+impl Frozen {
+    /// Freezes a process: PTRACE_SEIZE and PTRACE_INTERRUPT of every thread until /proc shows no new one. The
+    /// calling thread is at SCHED_FIFO from here on, where that is allowed: only this thread can use the result.
+    pub fn seize(pid: Pid, options: &FreezeOptions) -> Result<Self, FreezeError> {
+        examine(pid)?;
+        let pidfd = sys::pidfd_open(pid.0).map_err(|_| FreezeError::NoProcess { pid })?;
+        let mem = ProcessMemory::open(pid).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => FreezeError::NoProcess { pid },
+            _ => {
+                let uid = Status::read(pid.0).map_or(0, |s| s.num("Uid") as u32);
+                FreezeError::Denied {
+                    pid,
+                    uid,
+                    call: "opening /proc/PID/mem",
+                }
+            }
+        })?;
+        let mut this = Self {
+            pid,
+            pidfd,
+            threads: Vec::new(),
+            mem: Arc::new(mem),
+            modules: None,
+            vmas: None,
+            since: Instant::now(),
+            real_time: Some(RealTime::enter()),
+        };
+        this.stop_all(Instant::now() + options.timeout)?;
+        Ok(this)
+    }
+
+    /// Stops whatever threads are not held yet.
+    pub(crate) fn stop_all(&mut self, deadline: Instant) -> Result<(), FreezeError> {
+        let pid = self.pid;
+        self.since = Instant::now();
+        loop {
+            let mut fresh = Vec::new();
+            for tid in tids(pid).map_err(|_| FreezeError::NoProcess { pid })? {
+                if self.threads.iter().any(|t| t.tid() == tid) {
+                    continue;
+                }
+                match Tracee::seize_with(pid, tid, self.mem.clone())
+                    .and_then(|t| t.interrupt().map(|()| t))
+                {
+                    Ok(t) => fresh.push(t),
+                    // It exited between the listing and now.
+                    Err(TraceError::Gone { .. }) => {}
+                    Err(e) => return Err(self.seize_error(tid, e)),
+                }
+            }
+            if fresh.is_empty() {
+                break;
+            }
+            for mut t in fresh {
+                match t.wait_event_stop(Some(deadline)) {
+                    Ok(Stop::Group(_)) => {
+                        let comm = Status::read(pid.0)
+                            .map_or_else(String::new, |s| s.get("Name").to_owned());
+                        return Err(FreezeError::Stopped { pid, comm });
+                    }
+                    Ok(_) => self.threads.push(t),
+                    Err(TraceError::Gone { .. } | TraceError::Died { .. }) => {}
+                    Err(source) => return Err(FreezeError::Trace { pid, source }),
+                }
+            }
+        }
+        // The leader first, then by age.
+        self.threads.sort_by_key(|t| (t.tid().0 != pid.0, t.tid()));
+        if self.threads.first().is_none_or(|t| t.tid().0 != pid.0) {
+            return Err(FreezeError::NoProcess { pid });
+        }
+        self.mem.refresh();
+        self.vmas = None;
+        Ok(())
+    }
+
+    fn seize_error(&self, tid: Tid, e: TraceError) -> FreezeError {
+        let pid = self.pid;
+        if e.errno() == Some(Errno::EPERM) {
+            if let Some(st) = Status::read(tid.0) {
+                if let Err(e) = traced(pid, &st) {
+                    return e;
+                }
+                if matches!(st.get("State").chars().next(), Some('Z' | 'X')) {
+                    return FreezeError::LeaderExited {
+                        pid,
+                        comm: st.get("Name").to_owned(),
+                    };
+                }
+                return FreezeError::Denied {
+                    pid,
+                    uid: st.num("Uid") as u32,
+                    call: "PTRACE_SEIZE",
+                };
+            }
+            return FreezeError::NoProcess { pid };
+        }
+        FreezeError::Trace { pid, source: e }
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Its pidfd.
+    #[must_use]
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Since when it stands.
+    #[must_use]
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<ProcessMemory> {
+        &self.mem
+    }
+
+    /// Its threads, the leader first.
+    #[must_use]
+    pub fn threads(&self) -> &[Tracee] {
+        &self.threads
+    }
+
+    /// Its threads.
+    pub fn threads_mut(&mut self) -> &mut [Tracee] {
+        &mut self.threads
+    }
+
+    /// One thread.
+    pub fn thread(&mut self, tid: Tid) -> Option<&mut Tracee> {
+        self.threads.iter_mut().find(|t| t.tid() == tid)
+    }
+
+    /// The main thread. A frozen process has one.
+    pub fn leader(&mut self) -> &mut Tracee {
+        &mut self.threads[0]
+    }
+
+    /// Executes a system call in a thread. The thread's registers are back when it is let go.
+    pub fn syscall(&mut self, tid: Tid, nr: i64, args: &[u64]) -> Result<u64, TraceError> {
+        self.share_site()?;
+        self.thread(tid)
+            .ok_or(TraceError::Gone { tid })?
+            .syscall(nr, args)
+    }
+
+    /// Finds the instructions for injections once for all threads.
+    pub(crate) fn share_site(&mut self) -> Result<Site, TraceError> {
+        let site = self.leader().find_site()?;
+        for t in &mut self.threads {
+            t.set_site(site);
+        }
+        Ok(site)
+    }
+
+    /// Forgets threads that have exited.
+    pub(crate) fn drop_dead(&mut self) {
+        self.threads
+            .retain(|t| !t.state().is_some_and(Stop::is_end));
+    }
+
+    /// Its mappings.
+    pub fn vmas(&mut self) -> std::io::Result<Arc<Vec<proto::Vma>>> {
+        if let Some(v) = &self.vmas {
+            return Ok(v.clone());
+        }
+        let v = Arc::new(crate::collect::vmas(self.pid)?);
+        self.vmas = Some(v.clone());
+        Ok(v)
+    }
+
+    /// Its ELF modules. Files that [`modules::preload`] has read before the freeze are not read again.
+    pub fn modules(&mut self) -> std::io::Result<Arc<ModuleMap>> {
+        if let Some(m) = &self.modules {
+            return Ok(m.clone());
+        }
+        let vmas = self.vmas()?;
+        let m = Arc::new(modules::load(self.pid, &vmas, self.mem.as_ref())?);
+        self.modules = Some(m.clone());
+        Ok(m)
+    }
+
+    /// A copy-on-write child whose parent is the target's parent: the host of a live update. It is stopped,
+    /// single-threaded, has the leader's registers (rewound where it was blocked in a call), all descriptors,
+    /// and dies with the engine.
+    pub fn fork_host(&mut self) -> Result<Tracee, TraceError> {
+        self.share_site()?;
+        let t = self.leader().fork(CloneFlags::Sibling)?;
+        self.leader().put_back()?;
+        Ok(t)
+    }
+
+    /// A copy-on-write child that the target never sees: the snapshot of a dump. After it was killed it has to
+    /// be reaped in the target: [`reap_hidden`].
+    pub fn fork_hidden(&mut self) -> Result<Tracee, TraceError> {
+        self.share_site()?;
+        let t = self.leader().fork(CloneFlags::Hidden)?;
+        self.leader().put_back()?;
+        Ok(t)
+    }
+
+    /// Gives up the real-time priority: when the process will not be let go soon.
+    pub fn relax(&mut self) {
+        self.real_time = None;
+    }
+
+    /// Lets all threads go. Returns for how long the process stood.
+    pub fn thaw(mut self) -> Result<Duration, TraceError> {
+        self.release()?;
+        Ok(self.since.elapsed())
+    }
+
+    /// Detaches all threads; the process runs on.
+    pub(crate) fn release(&mut self) -> Result<(), TraceError> {
+        let mut first = Ok(());
+        // Whatever needs several steps comes first, so that the threads are let go at nearly the same time.
+        for t in &mut self.threads {
+            first = first.and(match t.put_back() {
+                Err(TraceError::Gone { .. } | TraceError::Died { .. }) => Ok(()),
+                r => r,
+            });
+        }
+        for mut t in self.threads.drain(..) {
+            first = first.and(t.detach_now());
+        }
+        first
+    }
+
+    /// Ends the process: SIGKILL, and every thread reaped. The zombie of the leader is left to its parent,
+    /// unless that is this program.
+    pub fn kill(mut self) -> Result<(), TraceError> {
+        let mut first = Ok(());
+        // The leader is reported last, when all others are reaped.
+        while let Some(t) = self.threads.pop() {
+            first = first.and(t.kill());
+        }
+        first
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        drop(self.release());
+    }
+}
+
+/// The threads of a process as /proc shows them.
+pub fn tids(pid: Pid) -> std::io::Result<Vec<Tid>> {
+    Ok(std::fs::read_dir(format!("/proc/{pid}/task"))?
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok().map(Tid))
+        .collect())
+}
+
+/// Reaps a dead hidden child in its parent, by a wait4(2) injected in the main thread for some microseconds.
+pub fn reap_hidden(pid: Pid, child: Pid) -> Result<(), TraceError> {
+    let mut t = Tracee::seize(pid, Tid(pid.0))?;
+    t.stop(Some(Instant::now() + Duration::from_secs(2)))?;
+    t.syscall(
+        libc::SYS_wait4,
+        &[child.0 as u64, 0, libc::__WALL as u64, 0],
+    )?;
+    t.detach()
+}

@@ -1,0 +1,97 @@
+//! What the kernel keeps for each thread.
+
+use crate::quiesce::ThreadState;
+use crate::{Frozen, TraceError, sys};
+use mcr_image::{Addr, Memory, Tid, proto};
+
+/// prctl(2): where set_tid_address(2) points.
+const PR_GET_TID_ADDRESS: u64 = 40;
+
+/// Everything of all threads. `page` is a writable page of ours in the target; `states` come from the
+/// quiescence check.
+pub(crate) fn collect(
+    frozen: &mut Frozen,
+    states: &[ThreadState],
+    page: Addr,
+) -> Result<Vec<proto::Thread>, TraceError> {
+    let tids: Vec<Tid> = frozen.threads().iter().map(|t| t.tid()).collect();
+    tids.into_iter()
+        .map(|tid| one(frozen, tid, states.iter().find(|s| s.tid == tid), page))
+        .collect()
+}
+
+fn one(
+    f: &mut Frozen,
+    tid: Tid,
+    state: Option<&ThreadState>,
+    page: Addr,
+) -> Result<proto::Thread, TraceError> {
+    let mem = f.memory().clone();
+    let t = f.thread(tid).ok_or(TraceError::Gone { tid })?;
+    let regs = t.regs()?;
+    let call = crate::blocked_call(&regs, &mem);
+    let image_regs = match &call {
+        Some(c) => c.rewound(&regs),
+        None => mcr_image::Regs {
+            orig_rax: u64::MAX,
+            ..regs
+        },
+    };
+    let xstate = t.xstate()?;
+    let sigmask = t.sigmask()?;
+    let info = |v: Vec<[u8; 128]>| {
+        v.into_iter()
+            .map(|b| proto::SigInfo {
+                siginfo: b.to_vec(),
+            })
+            .collect()
+    };
+    let pending = info(t.pending(false)?);
+    let rseq = t.rseq().ok().filter(|r| r.0.0 != 0);
+    t.syscall(libc::SYS_sigaltstack, &[0, page.0])?;
+    t.syscall(libc::SYS_prctl, &[PR_GET_TID_ADDRESS, page.0 + 64])?;
+    t.put_back()?;
+    let word = |n: u64| {
+        mem.u64(page.add(n))
+            .map_err(|source| TraceError::Memory { tid, source })
+    };
+    let (sp, flags, size, clear) = (word(0)?, word(8)?, word(16)?, word(64)?);
+    let (robust_list, robust_list_len) = sys::get_robust_list(tid.0).unwrap_or((0, 0));
+    let (policy, priority) = sys::scheduler(tid.0);
+    let comm = std::fs::read(format!("/proc/{}/task/{tid}/comm", f.pid())).unwrap_or_default();
+    Ok(proto::Thread {
+        tid: tid.0 as u32,
+        comm: String::from_utf8_lossy(comm.strip_suffix(b"\n").unwrap_or(&comm)).into_owned(),
+        regs: image_regs.to_words(),
+        xstate,
+        sigmask,
+        pending,
+        // SS_ONSTACK (1) is a state, not a setting.
+        altstack: Some(proto::AltStack {
+            sp,
+            flags: flags as u32 & !1,
+            size,
+        }),
+        robust_list,
+        robust_list_len,
+        rseq: rseq.map(|(a, size, signature, flags)| proto::Rseq {
+            addr: a.0,
+            size,
+            signature,
+            flags,
+        }),
+        clear_child_tid: clear,
+        fs_base: regs.fs_base,
+        syscall: call.map(|c| proto::SyscallState {
+            nr: c.nr,
+            args: c.args.to_vec(),
+            raw_result: c.raw_result,
+            remaining_ns: None,
+        }),
+        frames: state.map(|s| s.stack.to_proto()).unwrap_or_default(),
+        sched_policy: policy,
+        sched_priority: priority,
+        nice: sys::nice(tid.0),
+        cpu_affinity: sys::affinity(tid.0),
+    })
+}

@@ -1,0 +1,211 @@
+//! Freezing, quiescence, and bad targets.
+
+mod common;
+
+use common::Program;
+use mcr_criu_lite::{FreezeError, FreezeOptions, Frozen, QuiesceError, QuiesceOptions};
+use mcr_image::Pid;
+use std::time::{Duration, Instant};
+
+fn seize(pid: i32) -> Result<Frozen, FreezeError> {
+    Frozen::seize(Pid(pid), &FreezeOptions::default())
+}
+
+/// Threads in read, futex, nanosleep, poll with a timeout and a condition variable; each checks that no call
+/// ended early. One makes and joins threads all the time.
+const MANY: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <time.h>
+#include <unistd.h>
+static volatile int stop, bad; static int p[2], ep;
+static pthread_mutex_t m = PTHREAD_MUTEX_INITIALIZER; static pthread_cond_t c = PTHREAD_COND_INITIALIZER;
+static long ns(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000L + t.tv_nsec; }
+static void *reader(void *a) { char b[8]; ssize_t r = read(p[0], b, 8); if (r != 1) { bad = 1; printf("read %zd %s\n", r, strerror(errno)); } return 0; }
+static void *sleeper(void *a) { while (!stop) { long t = ns(); struct timespec d = {0, 20000000};
+    if (clock_nanosleep(CLOCK_MONOTONIC, 0, &d, 0)) bad = 2; if (ns() - t < 20000000) bad = 3; } return 0; }
+static void *poller(void *a) { struct pollfd f = { p[0], POLLPRI, 0 }; while (!stop) { long t = ns();
+    int r = poll(&f, 1, 15); if (r) { bad = 4; printf("poll %d %d\n", r, errno); } if (ns() - t < 14900000) bad = 5; } return 0; }
+static void *waiter(void *a) { pthread_mutex_lock(&m); while (!stop) pthread_cond_wait(&c, &m); pthread_mutex_unlock(&m); return 0; }
+static void *epoller(void *a) { struct epoll_event e; int r = epoll_wait(ep, &e, 1, -1);
+    if (r != 1 || e.data.u64 != 0xabcdef0102030405) { bad = 6; printf("epoll %d %s\n", r, strerror(errno)); } return 0; }
+static void *nothing(void *a) { return a; }
+static void *maker(void *a) { while (!stop) { pthread_t t; if (pthread_create(&t, 0, nothing, 0)) bad = 7; else pthread_join(t, 0); } return 0; }
+static void *mixer(void *a) { double x = 1; unsigned n = 0; while (!stop) { for (int i = 0; i < 1000; i++) x = x * 0.5 + 1; if (x < 1.99 || x > 2.01) bad = 8; n++; if (n % 64 == 0) getpid(); } return 0; }
+int main(int argc, char **argv) {
+    pipe(p); ep = epoll_create1(0); int q[2]; pipe(q);
+    struct epoll_event e = { EPOLLIN, { .u64 = 0xabcdef0102030405 } }; epoll_ctl(ep, EPOLL_CTL_ADD, q[0], &e);
+    void *(*f[])(void *) = { reader, sleeper, poller, waiter, epoller, maker, mixer };
+    pthread_t t[7]; for (int i = 0; i < 7; i++) pthread_create(&t[i], 0, f[i], 0);
+    puts("ready"); fflush(stdout);
+    char b[64]; ssize_t r; while ((r = read(0, b, 64)) > 0) {}
+    if (r < 0) bad = 9;
+    pthread_mutex_lock(&m); stop = 1; pthread_cond_broadcast(&c); pthread_mutex_unlock(&m);
+    write(p[1], "x", 1); write(q[1], "x", 1);
+    for (int i = 0; i < 7; i++) pthread_join(t[i], 0);
+    printf("bad %d\n", bad); return bad;
+}
+"#;
+
+#[test]
+fn blocked_and_busy_threads_do_not_notice() {
+    let p = Program::start(MANY);
+    for _ in 0..100 {
+        let mut f = seize(p.pid()).unwrap();
+        let n = f.threads().len();
+        assert!(n >= 8, "{n} threads");
+        let tid = f.threads()[n / 2].tid();
+        f.syscall(tid, libc::SYS_getpid, &[]).unwrap();
+        f.thaw().unwrap();
+    }
+    let out = p.finish_ok();
+    assert_eq!(out.trim(), "bad 0");
+}
+
+#[test]
+fn a_killed_engine_leaves_the_server_running() {
+    let p = Program::start(MANY);
+    for round in 0..60u32 {
+        // SAFETY: the child calls nothing but our own code and is killed; this test's process has other threads,
+        // whose locks the child does not take (allocation is safe after fork in glibc).
+        let engine = unsafe { libc::fork() };
+        if engine == 0 {
+            // Injects for ever.
+            if let Ok(mut f) = seize(p.pid()) {
+                loop {
+                    let n = f.threads().len();
+                    for i in 0..n {
+                        let tid = f.threads()[i].tid();
+                        drop(f.syscall(tid, libc::SYS_getpid, &[]));
+                        drop(f.threads_mut()[i].put_back());
+                    }
+                }
+            }
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(1) };
+        }
+        // A random-looking instant within the freeze.
+        std::thread::sleep(Duration::from_micros(u64::from(2000 + round * 137 % 3000)));
+        // SAFETY: our child.
+        unsafe { libc::kill(engine, libc::SIGKILL) };
+        let mut status = 0;
+        // SAFETY: our child.
+        unsafe { libc::waitpid(engine, &mut status, 0) };
+    }
+    let out = p.finish_ok();
+    assert_eq!(out.trim(), "bad 0");
+}
+
+const QUIET: &str = r#"
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+static pthread_mutex_t m = PTHREAD_MUTEX_INITIALIZER; static pthread_cond_t c = PTHREAD_COND_INITIALIZER;
+static int work, spin;
+static void *worker(void *a) { pthread_mutex_lock(&m); for (;;) { while (!work) pthread_cond_wait(&c, &m); work--; } }
+static void handle(void) { pthread_mutex_lock(&m); work++; pthread_cond_signal(&c); pthread_mutex_unlock(&m); }
+int main(void) { pthread_t t; pthread_create(&t, 0, worker, 0);
+    puts("ready"); fflush(stdout);
+    char b; while (read(0, &b, 1) == 1) { if (b == 's') { volatile int *s = &spin; while (!*s) {} } handle(); }
+    return 0; }
+"#;
+
+#[test]
+fn a_server_comes_to_rest_under_load() {
+    let mut p = Program::start(QUIET);
+    for _ in 0..50 {
+        p.tell(&"x".repeat(3000));
+        let mut f = seize(p.pid()).unwrap();
+        let states = f.quiesce(&QuiesceOptions::default()).unwrap();
+        assert_eq!(states.len(), 2);
+        for s in &states {
+            assert!(s.quiescent(), "{s}");
+        }
+        let names: Vec<String> = states[0].stack.signature();
+        assert!(names.iter().any(|n| n == "main"), "{names:?}");
+        let names: Vec<String> = states[1].stack.signature();
+        assert!(names.iter().any(|n| n == "worker"), "{names:?}");
+        f.thaw().unwrap();
+    }
+    p.finish_ok();
+}
+
+#[test]
+fn a_spinning_thread_is_named_and_let_go() {
+    let mut p = Program::start(QUIET);
+    p.tell("s");
+    let start = Instant::now();
+    let e = loop {
+        let mut f = seize(p.pid()).unwrap();
+        match f.quiesce(&QuiesceOptions {
+            timeout: Duration::from_millis(200),
+        }) {
+            // It had not read the line yet.
+            Ok(_) => drop(f),
+            Err(e) => break e,
+        }
+        assert!(start.elapsed() < Duration::from_secs(10));
+    };
+    assert!(matches!(e, QuiesceError::Timeout { .. }));
+    let text = e.to_string();
+    assert!(
+        text.contains("main") && text.contains("is running"),
+        "{text}"
+    );
+    let status = std::fs::read_to_string(format!("/proc/{}/status", p.pid())).unwrap();
+    assert!(status.contains("TracerPid:\t0\n"), "{status}");
+}
+
+#[test]
+fn bad_targets_are_refused_by_name() {
+    assert!(matches!(seize(0), Err(FreezeError::NoProcess { .. })));
+    assert!(matches!(
+        seize(i32::MAX),
+        Err(FreezeError::NoProcess { .. })
+    ));
+    assert!(matches!(
+        seize(std::process::id() as i32),
+        Err(FreezeError::Ourselves { .. })
+    ));
+    if std::fs::read_to_string("/proc/2/comm").is_ok_and(|c| c.trim() == "kthreadd") {
+        assert!(matches!(seize(2), Err(FreezeError::KernelThread { .. })));
+    }
+    let mut p = Program::start(QUIET);
+    let tid = mcr_criu_lite::tids(Pid(p.pid()))
+        .unwrap()
+        .into_iter()
+        .find(|t| t.0 != p.pid())
+        .unwrap();
+    assert!(
+        matches!(seize(tid.0), Err(FreezeError::NotAProcess { process, .. }) if process.0 == p.pid())
+    );
+    let held = seize(p.pid()).unwrap();
+    let again = seize(p.pid());
+    assert!(
+        matches!(&again, Err(FreezeError::AlreadyTraced { tracer, .. }) if tracer.0 == nix::unistd::gettid().as_raw()),
+        "{:?}",
+        again.err()
+    );
+    drop(held);
+    // SAFETY: our own child.
+    unsafe { libc::kill(p.pid(), libc::SIGSTOP) };
+    let start = Instant::now();
+    while !matches!(seize(p.pid()), Err(FreezeError::Stopped { .. })) {
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+    // SAFETY: our own child.
+    unsafe { libc::kill(p.pid(), libc::SIGCONT) };
+    p.child.kill().unwrap();
+    let start = Instant::now();
+    while !matches!(
+        seize(p.pid()),
+        Err(FreezeError::Zombie { .. } | FreezeError::LeaderExited { .. })
+    ) {
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}
