@@ -34,7 +34,10 @@ fn try_boot(server: &Server, new: &Path, timeout: Duration) -> Result<BootOutcom
     };
     let r = boot(&mut host, &spec);
     host.kill();
-    assert!(!Path::new(&format!("/proc/{pid}/task")).exists() || support::is_zombie(pid), "host {pid} is gone");
+    assert!(
+        !Path::new(&format!("/proc/{pid}/task")).exists() || support::is_zombie(pid),
+        "host {pid} is gone"
+    );
     r
 }
 
@@ -160,4 +163,3 @@ fn old_files_are_left_alone() {
     assert!(codes.contains(&"truncate-withheld") && codes.contains(&"pid-file"), "{codes:?}");
     assert!(codes.contains(&"signal-withheld"), "{codes:?}");
 }
-

@@ -241,15 +241,7 @@ impl Exec<'_, '_> {
     }
 
     fn map_scratch(&mut self, at: Addr) -> Result<()> {
-        self.map(
-            "memory for call arguments",
-            at,
-            SCRATCH_LEN,
-            RW,
-            ANON | NOREPLACE,
-            NO_FD,
-            0,
-        )?;
+        self.map("memory for call arguments", at, SCRATCH_LEN, RW, ANON | NOREPLACE, NO_FD, 0)?;
         let rx = (libc::PROT_READ | libc::PROT_EXEC) as u64;
         let code = at.add(SCRATCH_LEN);
         self.map("memory for the agent", code, AGENT_LEN, rx, ANON | NOREPLACE, NO_FD, 0)?;

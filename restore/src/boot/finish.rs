@@ -65,12 +65,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         stack: Some(run.loaded.stack),
         findings: run.gate.findings,
     };
-    Ok(BootOutcome {
-        booted,
-        modules,
-        output,
-        pid_files, phases: Vec::new(),
-    })
+    Ok(BootOutcome { booted, modules, output, pid_files, phases: Vec::new() })
 }
 
 /// Makes a resting thread stand just before its `syscall` instruction, in a stop where calls can be made.

@@ -45,7 +45,9 @@ impl Host {
                 match self.waiter.one(tid, Instant::now() + PARK_LIMIT) {
                     Ok(Some(Stop::Parked)) => break,
                     Ok(Some(Stop::Syscall)) => ptrace::cont(tid)?,
-                    Ok(Some(Stop::Killed(s))) => return Err(BootError::HostKilled { signal: signal_name(s) }),
+                    Ok(Some(Stop::Killed(s))) => {
+                        return Err(BootError::HostKilled { signal: signal_name(s) });
+                    }
                     Ok(other) => {
                         return Err(BootError::Unsupported {
                             what: format!("thread {tid} of the new version did not park ({other:?})"),
