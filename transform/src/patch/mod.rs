@@ -1,5 +1,0 @@
-//! The patch as memory.
-
-mod memory;
-
-pub use memory::PatchedMemory;
