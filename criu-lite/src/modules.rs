@@ -38,8 +38,7 @@ fn open(pid: Pid, v: &Vma) -> Option<Arc<ElfFile>> {
     if let Some(e) = known {
         return e;
     }
-    let data = std::fs::read(&path).ok()?;
-    let elf = ElfFile::from_bytes(v.name.clone(), data).ok().map(Arc::new);
+    let elf = ElfFile::open_as(&path, v.name.clone()).ok().map(Arc::new);
     cache().lock().ok()?.insert(key, elf.clone());
     elf
 }

@@ -19,17 +19,8 @@ pub fn build(source: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let (c, exe) = (dir.path().join("t.c"), dir.path().join("t"));
     std::fs::write(&c, source).unwrap();
-    let out = Command::new("gcc")
-        .args(["-g", "-O1", "-pthread", "-o"])
-        .arg(&exe)
-        .arg(&c)
-        .output()
-        .unwrap();
-    assert!(
-        out.status.success(),
-        "{}",
-        String::from_utf8_lossy(&out.stderr)
-    );
+    let out = Command::new("gcc").args(["-g", "-O1", "-pthread", "-o"]).arg(&exe).arg(&c).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     (dir, exe)
 }
 
@@ -38,19 +29,11 @@ impl Program {
     pub fn start(source: &str) -> Self {
         let (dir, exe) = build(source);
         let mut cmd = Command::new(&exe);
-        cmd.stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .current_dir(dir.path())
-            .process_group(0);
+        cmd.stdin(Stdio::piped()).stdout(Stdio::piped()).current_dir(dir.path()).process_group(0);
         let mut child = cmd.spawn().unwrap();
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut p = Self {
-            child,
-            stdin,
-            stdout,
-            _dir: dir,
-        };
+        let mut p = Self { child, stdin, stdout, _dir: dir };
         assert_eq!(p.line(), "ready");
         p
     }
@@ -76,11 +59,7 @@ impl Program {
 
     /// Sends a line.
     pub fn tell(&mut self, text: &str) {
-        self.stdin
-            .as_mut()
-            .unwrap()
-            .write_all(format!("{text}\n").as_bytes())
-            .unwrap();
+        self.stdin.as_mut().unwrap().write_all(format!("{text}\n").as_bytes()).unwrap();
     }
 
     /// Closes stdin and waits; returns what was still printed.
@@ -94,11 +73,7 @@ impl Program {
     /// Finishes and expects exit status 0.
     pub fn finish_ok(self) -> String {
         let (status, out) = self.finish();
-        assert!(
-            status.success(),
-            "{status:?} signal {:?}: {out}",
-            status.signal()
-        );
+        assert!(status.success(), "{status:?} signal {:?}: {out}", status.signal());
         out
     }
 }

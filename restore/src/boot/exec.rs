@@ -3,7 +3,7 @@
 //! and shared memory and the old program's read-only data stay where they are.
 
 use super::error::{BootError, Result};
-use super::host::{Host, SCRATCH_LEN};
+use super::host::{AGENT_LEN, Host, SCRATCH_LEN};
 use super::load::{self, LoadMap};
 use super::ptrace;
 use super::stack::{self, InitialStack, StackSpec};
@@ -51,8 +51,7 @@ pub(super) fn fates(maps: &[MapsLine], spec: &BootSpec<'_>, stacks: &[Span]) -> 
                 return Fate::Stack;
             }
             if let Some(module) = spec.old_modules.find(m.start) {
-                let own = m.ino == 0 || (m.ino == module.ino && m.dev == module.dev);
-                if own && module.is_exe() {
+                if module.is_exe() {
                     let link = module.link(m.start);
                     let data = module.elf.segments().iter().any(|s| {
                         s.flags & 3 == 0 && link.0 < s.end().0 && link.0 + m.end.since(m.start) > s.vaddr.0
@@ -60,9 +59,7 @@ pub(super) fn fates(maps: &[MapsLine], spec: &BootSpec<'_>, stacks: &[Span]) -> 
                     let plain = m.prot == libc::PROT_READ as u32 && m.ino != 0;
                     return if data && plain { Fate::CopyReadOnly } else { Fate::Unmap };
                 }
-                if own {
-                    return Fate::Reserve;
-                }
+                return Fate::Reserve;
             }
             if stacks.iter().any(|s| s.start <= m.start && m.end <= s.end) {
                 return Fate::Unmap;
@@ -245,6 +242,10 @@ impl Exec<'_, '_> {
 
     fn map_scratch(&mut self, at: Addr) -> Result<()> {
         self.map("memory for call arguments", at, SCRATCH_LEN, RW, ANON | NOREPLACE, NO_FD, 0)?;
+        let rx = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+        let code = at.add(SCRATCH_LEN);
+        self.map("memory for the agent", code, AGENT_LEN, rx, ANON | NOREPLACE, NO_FD, 0)?;
+        self.host.mem.write(code, crate::rebuild::remote::AGENT)?;
         self.host.scratch = at;
         Ok(())
     }

@@ -47,6 +47,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
             "",
         ));
     }
+    let pid_files = run.gate.pid_files.iter().map(|(path, _)| path.clone()).collect();
     let booted = Booted {
         pid: host.pid,
         new_path: spec.new_path.clone(),
@@ -64,7 +65,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         stack: Some(run.loaded.stack),
         findings: run.gate.findings,
     };
-    Ok(BootOutcome { booted, modules, output, phases: Vec::new() })
+    Ok(BootOutcome { booted, modules, output, pid_files, phases: Vec::new() })
 }
 
 /// Makes a resting thread stand just before its `syscall` instruction, in a stop where calls can be made.
@@ -243,7 +244,7 @@ fn clip(retained: &[Span], maps: &[MapsLine]) -> Vec<Span> {
 /// Everything else that the process has mapped, but the kernel's pages and ours.
 fn native(maps: &[MapsLine], retained: &[Span], reserve: &[Span], scratch: Addr) -> Vec<Span> {
     let mut cut: Vec<Span> = retained.iter().chain(reserve).copied().collect();
-    cut.push(Span::new(scratch, scratch.add(super::host::SCRATCH_LEN)));
+    cut.push(Span::new(scratch, scratch.add(super::host::SCRATCH_LEN + super::host::AGENT_LEN)));
     cut.sort_unstable();
     let mut out: Vec<Span> = Vec::new();
     for m in maps

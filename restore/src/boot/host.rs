@@ -14,6 +14,9 @@ const CALL_LIMIT: Duration = Duration::from_secs(5);
 /// Room for arguments of injected calls.
 pub(super) const SCRATCH_LEN: u64 = 64 << 10;
 
+/// Room for the agent's code, right behind.
+pub(super) const AGENT_LEN: u64 = 4096;
+
 /// A stopped process that is to become the new version.
 pub struct Host {
     pub(super) pid: Pid,
@@ -147,6 +150,11 @@ impl Host {
             .collect();
         out.sort_unstable();
         Ok(out)
+    }
+
+    /// Its highest descriptor number, -1 without any.
+    pub fn highest_fd(&self) -> Result<i32> {
+        Ok(self.fd_numbers()?.last().copied().unwrap_or(-1))
     }
 
     /// /proc/PID/fd/N: opening it opens the same file again.

@@ -16,12 +16,14 @@ mod host;
 mod load;
 #[allow(unsafe_code)]
 mod ptrace;
+mod release;
 mod run;
 mod stack;
 
 pub use error::{BootError, Where};
 pub use host::Host;
 pub use ptrace::PtraceError;
+pub use release::LeaderCalls;
 
 use crate::link::{Booted, Span};
 use mcr_image::ModuleMap;
@@ -71,6 +73,8 @@ pub struct BootOutcome {
     pub modules: ModuleMap,
     /// The end of what it wrote to standard output and error.
     pub output: String,
+    /// Pid files that still hold old's process id, as the engine sees them.
+    pub pid_files: Vec<PathBuf>,
     /// (phase, microseconds).
     pub phases: Vec<(String, u64)>,
 }

@@ -95,6 +95,11 @@ pub(super) fn resume(tid: Tid, signal: i32) -> Result<()> {
     request(tid, "PTRACE_SYSCALL", libc::PTRACE_SYSCALL, 0, signal as usize).map(drop)
 }
 
+/// Runs without stops at system calls.
+pub(super) fn cont(tid: Tid) -> Result<()> {
+    request(tid, "PTRACE_CONT", libc::PTRACE_CONT, 0, 0).map(drop)
+}
+
 /// Makes a running thread stop (it must have been seized).
 pub(super) fn interrupt(tid: Tid) -> Result<()> {
     request(tid, "PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, 0, 0).map(drop)

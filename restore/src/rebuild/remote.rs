@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 /// Machine code that executes `r13` calls from the table at `r12` (eight words each: number, six arguments,
 /// result) and then traps.
-pub(super) const AGENT: &[u8] = &[
+pub(crate) const AGENT: &[u8] = &[
     0x4d, 0x85, 0xed, // test r13, r13
     0x74, 0x32, // jz done
     0x49, 0x8b, 0x04, 0x24, // mov rax, [r12]

@@ -2,7 +2,7 @@
 
 use super::lists::Linking;
 use super::{Arena, Chunk, ChunkState, HeapError, Segment, Tcache, arena, lists, segments, tcache};
-use mcr_image::{Addr, Memory, proto};
+use mcr_image::{Addr, Memory, ModuleMap, proto};
 
 /// All chunks of a process, with the allocator's own state.
 #[derive(Clone, Debug, Default)]
@@ -22,7 +22,22 @@ pub struct GlibcHeap {
 }
 
 impl GlibcHeap {
-    /// Reads the heap from the mappings alone.
+    /// As [`Self::read`]; where libc has a symbol table, it has to agree about `main_arena`.
+    pub fn read_checked(
+        mem: &dyn Memory,
+        modules: &ModuleMap,
+        threads: &[proto::Thread],
+        vmas: &[proto::Vma],
+    ) -> Result<Self, HeapError> {
+        let heap = Self::read(mem, threads, vmas)?;
+        let symbol = modules.libc().and_then(|libc| libc.symbol("main_arena"));
+        match (heap.arenas.first().map(|a| a.addr), symbol) {
+            (Some(first), Some(second)) if first != second => Err(HeapError::TwoArenas { first, second }),
+            _ => Ok(heap),
+        }
+    }
+
+    /// Reads the heap from the mappings alone: `main_arena` is found by its contents.
     pub fn read(mem: &dyn Memory, threads: &[proto::Thread], vmas: &[proto::Vma]) -> Result<Self, HeapError> {
         let arenas = arena::find_arenas(mem, vmas)?;
         let mut found = segments::find(mem, &arenas, threads, vmas)?;

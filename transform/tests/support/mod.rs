@@ -117,3 +117,47 @@ fn vma(line: &str) -> proto::Vma {
         ..Default::default()
     }
 }
+
+use mcr_image::{ElfFile, ModuleMap};
+use std::sync::Arc;
+
+impl Target {
+    pub fn auxv(&self) -> Vec<u8> {
+        std::fs::read(format!("/proc/{}/auxv", self.pid())).expect("auxv")
+    }
+    pub fn modules(&self) -> ModuleMap {
+        let load = |v: &proto::Vma| ElfFile::open(&v.name).ok().map(Arc::new);
+        ModuleMap::read(&self.vmas(), &self.auxv(), self, load)
+    }
+    /// What a dump would say, as far as a transform needs it. The threads must be asleep.
+    pub fn process(&self) -> proto::Process {
+        let mut threads = self.threads();
+        for t in &mut threads {
+            t.regs = blocked_regs(self.pid(), t);
+        }
+        proto::Process {
+            pid: self.pid(),
+            exe_path: format!("/proc/{}/exe", self.pid()),
+            mm: Some(proto::Mm { auxv: self.auxv(), ..Default::default() }),
+            threads,
+            vmas: self.vmas(),
+            ..Default::default()
+        }
+    }
+}
+
+/// rsp and rip of a sleeping thread, from /proc/PID/task/TID/syscall; the other registers are unknown.
+fn blocked_regs(pid: u32, t: &proto::Thread) -> Vec<u64> {
+    let path = format!("/proc/{pid}/task/{}/syscall", t.tid);
+    loop {
+        let text = std::fs::read_to_string(&path).expect("syscall");
+        let words: Vec<&str> = text.split_whitespace().collect();
+        if words.len() < 9 {
+            std::thread::yield_now(); // still running towards its pause()
+            continue;
+        }
+        let mut regs = mcr_image::Regs { rsp: hex(words[7]), rip: hex(words[8]), ..Default::default() };
+        regs.fs_base = t.fs_base;
+        return regs.to_words();
+    }
+}

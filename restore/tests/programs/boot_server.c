@@ -1,0 +1,109 @@
+/* A server in few lines. PING is answered with PONG. Macros make versions that misbehave at start-up. */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#ifndef PORT_OFFSET
+#define PORT_OFFSET 0
+#endif
+
+static int listener, epfd;
+
+void break_down(void)
+{
+	*(volatile int *)8 = 1;
+}
+
+void start_up(int argc, char **argv)
+{
+	(void)argc;
+	(void)argv;
+#ifdef CRASH
+	if (write(2, "about to crash\n", 15) < 0)
+		_exit(9);
+	break_down();
+#endif
+#ifdef EXIT
+	fprintf(stderr, "cannot start\n");
+	exit(EXIT);
+#endif
+#ifdef PAUSE
+	pause();
+#endif
+#ifdef SPIN
+	for (;;)
+		__asm__ volatile("");
+#endif
+#ifdef FORK
+	if (fork() == 0)
+		_exit(0);
+#endif
+#ifdef SYSTEM
+	if (system("true"))
+		exit(1);
+#endif
+#ifdef FILES
+	int s = open(argv[2], O_RDWR | O_CREAT | O_TRUNC, 0600);
+	if (s < 0)
+		exit(1);
+	FILE *old = fopen(argv[3], "r");
+	int pid;
+	if (old && fscanf(old, "%d", &pid) == 1 && kill(pid, 0) == 0)
+		exit(2); /* already running */
+	if (old)
+		fclose(old);
+	FILE *f = fopen(argv[3], "w");
+	if (!f)
+		exit(3);
+	fprintf(f, "%d\n", getpid());
+	fclose(f);
+#endif
+}
+
+void event_loop(void)
+{
+	struct epoll_event ev[8];
+	for (;;) {
+		int n = epoll_wait(epfd, ev, 8, -1);
+		for (int i = 0; i < n; i++) {
+			int fd = ev[i].data.fd;
+			if (fd == listener) {
+				int c = accept(listener, 0, 0);
+				struct epoll_event e = { EPOLLIN, { .fd = c } };
+				epoll_ctl(epfd, EPOLL_CTL_ADD, c, &e);
+				continue;
+			}
+			char b[64];
+			ssize_t r = read(fd, b, sizeof b);
+			if (r <= 0)
+				close(fd);
+			else if (write(fd, "PONG\n", 5) < 0)
+				close(fd);
+		}
+	}
+}
+
+int main(int argc, char **argv)
+{
+	start_up(argc, argv);
+	listener = socket(AF_INET, SOCK_STREAM, 0);
+	int one = 1;
+	setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+	struct sockaddr_in a = { .sin_family = AF_INET, .sin_port = htons(atoi(argv[1]) + PORT_OFFSET) };
+	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (bind(listener, (struct sockaddr *)&a, sizeof a) || listen(listener, 64))
+		return 1;
+	epfd = epoll_create1(0);
+	struct epoll_event e = { EPOLLIN, { .fd = listener } };
+	epoll_ctl(epfd, EPOLL_CTL_ADD, listener, &e);
+	event_loop();
+}

@@ -1,0 +1,138 @@
+//! Servers to try things on.
+#![allow(dead_code)]
+
+use mcr_image::Pid;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+static PORT: AtomicU16 = AtomicU16::new(0);
+static BUILDS: Mutex<()> = Mutex::new(());
+
+/// Whether programs can be built here.
+pub fn build() -> std::io::Result<()> {
+    Command::new("cc").arg("--version").stdout(Stdio::null()).status().map(drop)
+}
+
+/// A directory of this test.
+pub fn scratch(name: &str) -> PathBuf {
+    let d = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&d).unwrap();
+    d
+}
+
+fn compile(source: &Path, out: &Path, flags: &[&str]) {
+    let _one = BUILDS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if out.exists() {
+        return;
+    }
+    let status = Command::new("cc")
+        .args(["-g", "-O1", "-fno-inline", "-pthread", "-o"])
+        .arg(out)
+        .arg(source)
+        .args(flags)
+        .status()
+        .expect("a C compiler (cc)");
+    assert!(status.success(), "{} compiles", source.display());
+}
+
+/// A version of the bundled server.
+pub fn example(version: &str) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../examples/kv/{version}.c"));
+    let out = scratch("bin").join(format!("kv-{version}"));
+    compile(&source, &out, &[]);
+    out
+}
+
+/// A program of `tests/programs`.
+pub fn build_source(source: &str, name: &str, flags: &[&str]) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs").join(source);
+    let out = scratch("bin").join(format!("{}-{name}", source.file_stem().unwrap().to_string_lossy()));
+    compile(&source, &out, flags);
+    out
+}
+
+/// Ended, but not collected by its parent yet.
+pub fn is_zombie(pid: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| s.contains(") Z "))
+}
+
+/// A running server in a session of its own, killed when dropped.
+pub struct Server {
+    child: Child,
+    port: u16,
+}
+
+impl Server {
+    /// `PORT` and `LOG` in the arguments are replaced. Returns when it accepts connections.
+    pub fn start(program: &Path, args: &[&str]) -> Self {
+        let n = PORT.fetch_add(1, Ordering::SeqCst);
+        let port = 20_000 + (std::process::id() % 300) as u16 * 30 + n;
+        let log = scratch("log").join(format!("{port}.log"));
+        let mut c = Command::new(program);
+        for a in args {
+            match *a {
+                "PORT" => c.arg(port.to_string()),
+                "LOG" => c.arg(&log),
+                a => c.arg(a),
+            };
+        }
+        c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // SAFETY: setsid is async-signal-safe.
+        unsafe {
+            c.pre_exec(|| nix::unistd::setsid().map(drop).map_err(Into::into));
+        }
+        let child = c.spawn().expect("server starts");
+        let s = Self { child, port };
+        s.connect();
+        s
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid(self.child.id() as i32)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn connect(&self) -> Client {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            match TcpStream::connect(("127.0.0.1", self.port)) {
+                Ok(s) => {
+                    s.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                    return Client { stream: BufReader::new(s) };
+                }
+                Err(e) if Instant::now() > end => panic!("connecting to port {}: {e}", self.port),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A connection that asks line by line.
+pub struct Client {
+    stream: BufReader<TcpStream>,
+}
+
+impl Client {
+    pub fn ask(&mut self, line: &str) -> String {
+        self.stream.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
+        let mut reply = String::new();
+        self.stream.read_line(&mut reply).unwrap();
+        reply.trim_end().to_owned()
+    }
+}

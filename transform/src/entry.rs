@@ -1,0 +1,137 @@
+//! The way in: an image, or a process standing still, and the new program.
+
+use crate::plan::{NewProgram, OldState, plan_with_findings};
+use crate::types::TypeModel;
+use crate::{TransformError, diff};
+use mcr_image::{DebugDirs, ElfFile, Image, Memory, ModuleMap, proto};
+use mcr_plugin::Rules;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What a transform may use beside the two programs.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Directories with debug files, searched first.
+    pub debug_dirs: Vec<PathBuf>,
+    /// What the builds alone do not say.
+    pub rules: Rules,
+}
+
+impl Options {
+    /// Where debug files are looked for.
+    #[must_use]
+    pub fn debug_search(&self) -> DebugDirs {
+        DebugDirs::with_user(self.debug_dirs.iter().cloned())
+    }
+}
+
+/// Plans the update of an image's process to `new`: a pure function of the image, the two programs and the
+/// rules. Nothing is written. What stands in the way is [`TransformError::Refused`].
+pub fn transform(image: &Image, new: &Path, options: &Options) -> Result<proto::Patch, TransformError> {
+    refuse(transform_with_findings(image, new, options)?)
+}
+
+/// As [`transform`], but refusals stay among the patch's findings: what `plan` prints.
+pub fn transform_with_findings(
+    image: &Image,
+    new: &Path,
+    options: &Options,
+) -> Result<proto::Patch, TransformError> {
+    let process = image.process();
+    let memory = image.memory();
+    let modules = image_modules(image, process, &memory, options);
+    plan_process(process, &memory, &modules, new, options)
+}
+
+/// The modules of an image's process: embedded files first, then files of the same build-id on disk.
+#[must_use]
+pub fn image_modules(
+    image: &Image,
+    process: &proto::Process,
+    memory: &dyn Memory,
+    options: &Options,
+) -> ModuleMap {
+    let auxv = process.mm.as_ref().map_or(&[][..], |m| &m.auxv);
+    let dirs = options.debug_search();
+    ModuleMap::read(&process.vmas, auxv, memory, |vma| load_module(image, process, vma, &dirs))
+}
+
+fn load_module(
+    image: &Image,
+    process: &proto::Process,
+    vma: &proto::Vma,
+    dirs: &DebugDirs,
+) -> Option<Arc<ElfFile>> {
+    let known = process.modules.iter().find(|m| {
+        (!vma.module_key.is_empty() && m.key == vma.module_key)
+            || (m.dev == vma.dev && m.ino == vma.ino && m.path == vma.name)
+    });
+    let key = known.map_or(vma.module_key.as_str(), |m| m.key.as_str());
+    let embedded = image.file(key).ok().flatten();
+    let elf = match embedded {
+        Some(bytes) => ElfFile::from_bytes(&vma.name, bytes).ok()?,
+        None => {
+            let elf = ElfFile::open(&vma.name).ok()?;
+            let same = known.is_none_or(|k| k.build_id.is_empty() || elf.build_id() == Some(&k.build_id[..]));
+            same.then_some(elf)?
+        }
+    };
+    Some(Arc::new(elf.with_debug(dirs)))
+}
+
+/// Plans the update of a process whose memory stands still, wherever it is: the live path and the offline
+/// path are this one function.
+pub fn transform_process(
+    process: &proto::Process,
+    memory: &dyn Memory,
+    modules: &ModuleMap,
+    new: &Path,
+    options: &Options,
+) -> Result<proto::Patch, TransformError> {
+    refuse(plan_process(process, memory, modules, new, options)?)
+}
+
+/// As [`transform_process`], but refusals stay among the patch's findings.
+pub fn plan_process(
+    process: &proto::Process,
+    memory: &dyn Memory,
+    modules: &ModuleMap,
+    new: &Path,
+    options: &Options,
+) -> Result<proto::Patch, TransformError> {
+    let dirs = options.debug_search();
+    let exe = modules.exe().ok_or_else(|| TransformError::NoProgram {
+        path: process.exe_path.clone(),
+        key: process.modules.iter().find(|m| m.is_exe).map_or(String::new(), |m| m.key.clone()),
+    })?;
+    let started = Instant::now();
+    exe.elf.check_updatable()?;
+    let new_elf = ElfFile::open_with_debug(new, &dirs)?;
+    new_elf.check_updatable()?;
+    let old_types = TypeModel::load(&exe.elf, &dirs)?;
+    let new_types = TypeModel::load(&new_elf, &dirs)?;
+    let read_us = started.elapsed().as_micros() as u64;
+    let old = OldState { process, memory, modules, elf: &exe.elf, types: &old_types };
+    let path = std::fs::canonicalize(new).unwrap_or_else(|_| new.to_owned()).display().to_string();
+    let target = NewProgram { path, elf: &new_elf, types: &new_types };
+    let mut patch = diff::with(&old_types, &new_types, &options.rules, |rl, changes| {
+        plan_with_findings(&old, &target, &options.rules, rl, changes)
+    })?;
+    let stats = patch.stats.get_or_insert_default();
+    for p in &mut stats.phases {
+        p.start_us += read_us;
+    }
+    stats
+        .phases
+        .insert(0, proto::Phase { name: "types".into(), start_us: 0, duration_us: read_us, frozen: false });
+    Ok(patch)
+}
+
+/// A patch whose findings hold a refusal is none.
+pub fn refuse(patch: proto::Patch) -> Result<proto::Patch, TransformError> {
+    match crate::plan::refusal(&patch) {
+        Some(r) => Err(TransformError::Refused(Box::new(r))),
+        None => Ok(patch),
+    }
+}

@@ -1,0 +1,5 @@
+//! The patch as memory.
+
+mod memory;
+
+pub use memory::PatchedMemory;

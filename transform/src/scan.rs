@@ -1,0 +1,170 @@
+//! The conservative scan: words of memory that lie in a range of addresses.
+
+use crate::space::page_down;
+use mcr_image::{Addr, Memory};
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+const BLOCK: u64 = 4 << 20;
+
+/// Which values are wanted.
+pub(crate) struct Wanted<'a> {
+    /// Aligned words in one of these ranges (at most a handful) are looked at closer.
+    pub ranges: Vec<Range<u64>>,
+    /// Of those, these are hits.
+    pub aligned: &'a (dyn Fn(u64) -> bool + Sync),
+    /// Words at any byte offset in this range are looked for, too, and reported apart. Empty: none.
+    pub hidden: Range<u64>,
+    /// Of those, these are hits.
+    pub unaligned: &'a (dyn Fn(u64) -> bool + Sync),
+}
+
+/// (place, value), ascending by place.
+#[derive(Debug, Default)]
+pub(crate) struct Hits {
+    pub aligned: Vec<(u64, u64)>,
+    pub unaligned: Vec<(u64, u64)>,
+    /// Bytes looked at.
+    pub bytes: u64,
+}
+
+/// Scans `places` on all cores. Pages that cannot be read are skipped: nothing that is not there can hold a
+/// pointer (a shared file mapping behind the end of its file).
+pub(crate) fn scan(mem: &dyn Memory, places: &[Range<u64>], wanted: &Wanted<'_>) -> Hits {
+    let mut blocks = Vec::new();
+    for r in places {
+        let mut at = r.start;
+        while at < r.end {
+            let end = (page_down(at) + BLOCK).min(r.end);
+            blocks.push(at..end);
+            at = end;
+        }
+    }
+    let (next, bytes, out) = (AtomicUsize::new(0), AtomicU64::new(0), Mutex::new(Hits::default()));
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(blocks.len().max(1));
+    std::thread::scope(|s| {
+        for _ in 0..workers {
+            s.spawn(|| {
+                let mut mine = Hits::default();
+                let mut buf = Vec::new();
+                while let Some(b) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    // Seven bytes more, so that an unaligned word over the border is seen.
+                    let more = if wanted.hidden.is_empty() { 0 } else { 7 };
+                    buf.resize((b.end - b.start + more) as usize, 0);
+                    let whole =
+                        (mem.read(Addr(b.start), &mut buf).is_ok()).then_some(buf.len()).or_else(|| {
+                            let n = (b.end - b.start) as usize;
+                            mem.read(Addr(b.start), &mut buf[..n]).is_ok().then_some(n)
+                        });
+                    match whole {
+                        Some(n) => words(b.start, &buf[..n], b.end, wanted, &mut mine),
+                        None => pages(mem, b, wanted, &mut mine),
+                    }
+                    bytes.fetch_add(b.end - b.start, Ordering::Relaxed);
+                }
+                let mut all = out.lock().expect("no panic while held");
+                all.aligned.append(&mut mine.aligned);
+                all.unaligned.append(&mut mine.unaligned);
+            });
+        }
+    });
+    let mut out = out.into_inner().expect("no panic while held");
+    out.bytes = bytes.into_inner();
+    out.aligned.sort_unstable();
+    out.unaligned.sort_unstable();
+    out
+}
+
+fn pages(mem: &dyn Memory, block: &Range<u64>, wanted: &Wanted<'_>, out: &mut Hits) {
+    let mut at = block.start;
+    while at < block.end {
+        let end = (page_down(at) + 4096).min(block.end);
+        if let Ok(b) = mem.bytes(Addr(at), (end - at) as usize) {
+            words(at, &b, end, wanted, out);
+        }
+        at = end;
+    }
+}
+
+/// Looks at `bytes`, which are at `start`; aligned words up to `end`.
+fn words(start: u64, bytes: &[u8], end: u64, wanted: &Wanted<'_>, out: &mut Hits) {
+    let skip = (start.next_multiple_of(8) - start) as usize;
+    let len = ((end - start) as usize).min(bytes.len());
+    if skip < len {
+        // One range test per word for the groups that hold nothing, which is nearly all of them.
+        const GROUP: usize = 256;
+        for (g, group) in bytes[skip..len].chunks(GROUP).enumerate() {
+            let mut any = false;
+            for w in group.chunks_exact(8) {
+                let v = u64::from_le_bytes(w.try_into().expect("eight bytes"));
+                for r in &wanted.ranges {
+                    any |= v.wrapping_sub(r.start) < r.end - r.start;
+                }
+            }
+            if !any {
+                continue;
+            }
+            for (i, w) in group.chunks_exact(8).enumerate() {
+                let v = u64::from_le_bytes(w.try_into().expect("eight bytes"));
+                if wanted.ranges.iter().any(|r| r.contains(&v)) && (wanted.aligned)(v) {
+                    out.aligned.push((start + (skip + g * GROUP + i * 8) as u64, v));
+                }
+            }
+        }
+    }
+    let range = &wanted.hidden;
+    if range.is_empty() || bytes.len() < 8 {
+        return;
+    }
+    for i in 0..bytes.len() - 7 {
+        let v = u64::from_le_bytes(bytes[i..i + 8].try_into().expect("eight bytes"));
+        if v.wrapping_sub(range.start) < range.end - range.start
+            && !(start + i as u64).is_multiple_of(8)
+            && (wanted.unaligned)(v)
+        {
+            out.unaligned.push((start + i as u64, v));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mcr_image::{MemoryError, Region};
+
+    struct Flat(u64, Vec<u8>);
+    impl Memory for Flat {
+        fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
+            let at = addr.0.wrapping_sub(self.0) as usize;
+            let bad = MemoryError::Unmapped { addr, len: buf.len() };
+            let end = at.checked_add(buf.len()).filter(|&e| e <= self.1.len()).ok_or(bad)?;
+            buf.copy_from_slice(&self.1[at..end]);
+            Ok(())
+        }
+        fn regions(&self) -> Vec<Region> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    #[allow(clippy::single_range_in_vec_init)]
+    fn aligned_and_unaligned_words_are_told_apart() {
+        let mut m = Flat(0x10000, vec![0; 9 << 20]);
+        let put = |m: &mut Flat, at: usize, v: u64| m.1[at..at + 8].copy_from_slice(&v.to_le_bytes());
+        put(&mut m, 0x100, 0x5555_0000_1000);
+        put(&mut m, 0x203, 0x5555_0000_1008);
+        put(&mut m, 0x300, 0x5555_0000_2000); // one past the range
+        put(&mut m, (4 << 20) - 3, 0x5555_0000_1010); // over the border of two blocks
+        put(&mut m, (9 << 20) - 8, 0x5555_0000_1fff);
+        let range = 0x5555_0000_1000..0x5555_0000_2000;
+        let all = |_| true;
+        let wanted = Wanted { ranges: vec![range.clone()], aligned: &all, hidden: range, unaligned: &all };
+        let places = vec![0x10000..0x10000 + (9 << 20)];
+        let hits = scan(&m, &places, &wanted);
+        assert_eq!(hits.aligned, [(0x10100, 0x5555_0000_1000), (0x10000 + (9 << 20) - 8, 0x5555_0000_1fff)]);
+        assert_eq!(hits.unaligned.len(), 2, "{:x?}", hits.unaligned);
+        assert_eq!(hits.unaligned[0], (0x10203, 0x5555_0000_1008));
+        assert_eq!(hits.bytes, 9 << 20);
+    }
+}
