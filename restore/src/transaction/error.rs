@@ -123,7 +123,10 @@ impl UpdateError {
             Self::Lost { .. } => 4,
             Self::Transform(e) => e.exit_code(),
             Self::Boot(
-                BootError::Ptrace(_) | BootError::Step { .. } | BootError::Memory(_) | BootError::HostKilled { .. },
+                BootError::Ptrace(_)
+                | BootError::Step { .. }
+                | BootError::Memory(_)
+                | BootError::HostKilled { .. },
             )
             | Self::Apply(_)
             | Self::Fds(_)

@@ -102,14 +102,18 @@ pub(super) fn carry_handlers(
 }
 
 fn signal(n: u32) -> String {
-    nix::sys::signal::Signal::try_from(n as i32).map_or_else(|_| format!("signal {n}"), |s| s.as_str().to_owned())
+    nix::sys::signal::Signal::try_from(n as i32)
+        .map_or_else(|_| format!("signal {n}"), |s| s.as_str().to_owned())
 }
 
 /// The function of the new program with the name of the old one at an address; library code stays where it is.
 fn same_function(old: &ModuleMap, new: &ModuleMap, at: Addr) -> Option<Addr> {
     let module = old.find(at)?;
     if !module.is_exe() {
-        return new.find(at).filter(|n| n.build_id() == module.build_id() && n.bias == module.bias).map(|_| at);
+        return new
+            .find(at)
+            .filter(|n| n.build_id() == module.build_id() && n.bias == module.bias)
+            .map(|_| at);
     }
     let symbol = module.elf.function_at(module.link(at))?;
     if symbol.addr != module.link(at) {
