@@ -7,4 +7,3 @@ pub mod keeper;
 pub mod link;
 pub mod rebuild;
 mod sys;
-pub mod transaction;

@@ -24,7 +24,8 @@ pub(super) fn interval(
         // struct itimerval: interval, then value; each seconds and microseconds.
         let (interval_us, value_us) =
             (word(0) * 1_000_000 + word(1), word(2) * 1_000_000 + word(3));
-        if value_us != 0 {
+        // An interval without a time: it has expired and its SIGALRM is still pending.
+        if value_us != 0 || interval_us != 0 {
             out.push(proto::Itimer {
                 which: which as u32,
                 value_us,

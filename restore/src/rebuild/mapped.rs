@@ -2,6 +2,7 @@
 
 use super::{Content, RebuildError, file};
 use crate::sys;
+use mcr_image::elf::ElfFile;
 use mcr_image::proto;
 use proto::{Vma, VmaKind};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -181,8 +182,9 @@ fn module(
         && md.len() == m.size
     {
         let mtime = md.mtime().wrapping_mul(1_000_000_000).wrapping_add(md.mtime_nsec());
-        let same_inode = (md.dev(), md.ino(), mtime) == (m.dev, m.ino, m.mtime_ns);
-        if same_inode || same_content(&file, m, content) {
+        // A dump that did not note the time of change leaves 0.
+        let same_inode = (md.dev(), md.ino()) == (m.dev, m.ino) && (m.mtime_ns == 0 || m.mtime_ns == mtime);
+        if same_inode || same_build(m) || same_content(&file, m, content) {
             return Ok(keep(opened, key, file, false));
         }
     }
@@ -198,6 +200,12 @@ fn module(
     let file = File::from(fd);
     file.write_all_at(&bytes, 0).map_err(RebuildError::call(m.path.clone(), "writing the embedded copy"))?;
     Ok(keep(opened, key, file, false))
+}
+
+/// The same build, installed again.
+fn same_build(m: &proto::EmbeddedFile) -> bool {
+    !m.build_id.is_empty()
+        && ElfFile::open(&m.path).is_ok_and(|e| e.build_id() == Some(m.build_id.as_slice()))
 }
 
 /// A file that was written again with the same bytes (a reinstalled package).

@@ -10,7 +10,9 @@ use std::os::fd::{AsFd, OwnedFd};
 const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 
 pub(super) fn open(fd: &proto::Fd, t: &proto::TimerFd) -> Result<OwnedFd, RebuildError> {
-    let made = sys::timerfd(t.clockid, t.value_ns, t.interval_ns)
+    // Expired and not read yet: the kernel starts an interval timer again only when it is read.
+    let value = if t.value_ns == 0 && t.ticks != 0 { t.interval_ns } else { t.value_ns };
+    let made = sys::timerfd(t.clockid, value, t.interval_ns)
         .map_err(RebuildError::call(name_of(fd), "timerfd_create/timerfd_settime"))?;
     if t.ticks != 0 {
         sys::ioctl_u64(made.as_fd(), TFD_IOC_SET_TICKS, t.ticks)

@@ -55,19 +55,27 @@ pub(super) fn create(leader: &mut Remote, process: &proto::Process) -> Result<()
 /// Sets everything running.
 pub(super) fn arm(leader: &mut Remote, process: &proto::Process) -> Result<(), RebuildError> {
     let mut batch = Batch::new(leader)?;
-    for t in process.posix_timers.iter().filter(|t| t.value_ns != 0) {
-        let spec = [split(t.interval_ns, 1_000_000_000), split(t.value_ns, 1_000_000_000)].concat();
+    for t in process.posix_timers.iter().filter(|t| t.value_ns != 0 || t.interval_ns != 0) {
+        let spec =
+            [split(t.interval_ns, 1_000_000_000), split(first(t.value_ns, t.interval_ns), 1_000_000_000)]
+                .concat();
         let at = batch.data(&spec);
         let object = format!("POSIX timer {}", t.id);
         batch.add(object, "timer_settime", libc::SYS_timer_settime, &[u64::from(t.id), 0, at, 0], "")?;
     }
-    for t in process.itimers.iter().filter(|t| t.value_us != 0) {
-        let spec = [split(t.interval_us, 1_000_000), split(t.value_us, 1_000_000)].concat();
+    for t in process.itimers.iter().filter(|t| t.value_us != 0 || t.interval_us != 0) {
+        let spec =
+            [split(t.interval_us, 1_000_000), split(first(t.value_us, t.interval_us), 1_000_000)].concat();
         let at = batch.data(&spec);
         let object = format!("interval timer {}", t.which);
         batch.add(object, "setitimer", libc::SYS_setitimer, &[u64::from(t.which), at, 0], "")?;
     }
     batch.run()
+}
+
+/// An interval timer whose signal was still pending at the dump has no time left until that signal is taken.
+fn first(value: u64, interval: u64) -> u64 {
+    if value == 0 { interval } else { value }
 }
 
 /// Seconds and the rest, as struct timespec and struct timeval have them.

@@ -6,6 +6,8 @@ use libtest_mimic::{Arguments, Trial};
 use std::process::ExitCode;
 
 mod keeping;
+mod programs;
+mod snapshot;
 mod synthetic;
 
 fn main() -> ExitCode {
@@ -16,6 +18,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(keeping::trials());
     trials.extend(synthetic::trials());
+    trials.extend(programs::trials());
     let mut arguments = Arguments::from_args();
     // ptrace belongs to a thread, and pids are reused: one after the other.
     arguments.test_threads = Some(1);
