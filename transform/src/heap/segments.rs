@@ -228,23 +228,26 @@ fn own_mapping(
     size_word: u64,
 ) -> Result<Option<(u64, u64)>, HeapError> {
     let total = size_word & !7;
-    let fits = size_word & 7 == 2 && total.is_multiple_of(PAGE) && total >= PAGE && total <= end - at;
+    let fits = size_word & 7 == 2 && total.is_multiple_of(PAGE) && total >= PAGE;
     if prev_size != 0 || !fits {
         return Ok(None);
     }
+    // realloc(3) may have changed the mapping since: then only the real header knows its size.
     for shift in 5..=30 {
         let header = (at + 16).next_multiple_of(1 << shift) - 16;
         if header == at {
             continue;
         }
-        if header + 32 > at + total {
+        if header + 32 > end {
             break;
         }
         let raw = mem.bytes(Addr(header), 16)?;
         let gap = header - at;
-        if super::arena::word(&raw, 0) == gap && super::arena::word(&raw, 8) == (total - gap) | 2 {
-            return Ok(Some((header, at + total)));
+        let (before, size) = (super::arena::word(&raw, 0), super::arena::word(&raw, 8));
+        let stop = header + (size & !7);
+        if before == gap && size & 7 == 2 && size > 32 && stop.is_multiple_of(PAGE) && stop <= end {
+            return Ok(Some((header, stop)));
         }
     }
-    Ok(Some((at, at + total)))
+    Ok((total <= end - at).then_some((at, at + total)))
 }
