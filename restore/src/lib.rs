@@ -7,3 +7,4 @@ pub mod keeper;
 pub mod link;
 pub mod rebuild;
 mod sys;
+pub mod transaction;

@@ -136,3 +136,19 @@ impl Client {
         reply.trim_end().to_owned()
     }
 }
+
+/// Ends a process that is our child by CLONE_PARENT, and collects it.
+pub struct Reaper(pub Pid);
+
+impl Drop for Reaper {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.0);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(pid, None);
+    }
+}
+
+/// Ended, whether collected or not.
+pub fn gone(pid: Pid) -> bool {
+    is_zombie(pid) || !Path::new(&format!("/proc/{pid}")).exists()
+}

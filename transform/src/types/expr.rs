@@ -72,6 +72,9 @@ pub struct Bases {
     pub tls: Option<Addr>,
 }
 
+/// A member: its offset, its type, and for a bit-field its first bit and width.
+pub type FoundMember = (u64, TypeId, Option<(u64, u32)>);
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Token {
     Name(String),
@@ -305,13 +308,8 @@ impl Parser<'_> {
 
 /// A member by name, through anonymous members: (offset, type, bit-field).
 #[must_use]
-pub fn find_member(model: &TypeModel, ty: TypeId, name: &str) -> Option<(u64, TypeId, Option<(u64, u32)>)> {
-    fn find(
-        model: &TypeModel,
-        ty: TypeId,
-        name: &str,
-        depth: usize,
-    ) -> Option<(u64, TypeId, Option<(u64, u32)>)> {
+pub fn find_member(model: &TypeModel, ty: TypeId, name: &str) -> Option<FoundMember> {
+    fn find(model: &TypeModel, ty: TypeId, name: &str, depth: usize) -> Option<FoundMember> {
         let r = model.record(ty).filter(|_| depth < 16)?;
         for m in &r.members {
             match &m.name {

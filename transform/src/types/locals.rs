@@ -163,15 +163,17 @@ impl<'a> Walk<'_, 'a> {
                         self.scope(child, inlined, depth + 1, out);
                     }
                 }
-                dw::DW_TAG_inlined_subroutine => {
-                    if a.code(self.dwarf, self.unit).iter().any(|r| r.0 <= self.pc && self.pc < r.1) {
-                        let name = self.resolve(a).name.map(|n| String::from_utf8_lossy(n).into_owned());
-                        self.scope(child, Some(name.as_deref().unwrap_or("?")), depth + 1, out);
-                    }
+                dw::DW_TAG_inlined_subroutine if self.covers(&a) => {
+                    let name = self.resolve(a).name.map(|n| String::from_utf8_lossy(n).into_owned());
+                    self.scope(child, Some(name.as_deref().unwrap_or("?")), depth + 1, out);
                 }
                 _ => {}
             }
         }
+    }
+
+    fn covers(&self, a: &Attrs<'a>) -> bool {
+        a.code(self.dwarf, self.unit).iter().any(|r| r.0 <= self.pc && self.pc < r.1)
     }
 
     fn local(&self, a: Attrs<'a>, parameter: bool, inlined: Option<&str>) -> Option<Local> {
@@ -277,6 +279,14 @@ impl<'a> Walk<'_, 'a> {
                     Some(v) => eval.resume_with_frame_base(v),
                     None => return LOST,
                 },
+                Ok(EvaluationResult::RequiresIndexedAddress { index, relocate }) => {
+                    match self.dwarf.address(self.unit, index) {
+                        Ok(a) if relocate => eval.resume_with_indexed_address(LinkAddr(a).at(self.bias).0),
+                        Ok(a) => eval.resume_with_indexed_address(a),
+                        Err(_) => return LOST,
+                    }
+                }
+                Ok(EvaluationResult::RequiresCallFrameCfa) if self.frame.cfa.0 == 0 => return LOST,
                 Ok(EvaluationResult::RequiresCallFrameCfa) => {
                     eval.resume_with_call_frame_cfa(self.frame.cfa.0)
                 }
@@ -289,9 +299,41 @@ impl<'a> Walk<'_, 'a> {
                 _ => return LOST,
             };
         };
-        let [piece] = pieces.as_slice() else {
-            return LocalPlace::Gone("in several pieces");
-        };
+        match pieces.as_slice() {
+            [piece] if piece.size_in_bits.is_none() => self.piece(piece, size),
+            [] => LOST,
+            several => self.assemble(several, size),
+        }
+    }
+
+    /// A variable that the compiler took apart: its value, if every part can be had.
+    fn assemble(&self, pieces: &[gimli::Piece<Slice<'a>>], size: u64) -> LocalPlace {
+        let mut out = Vec::new();
+        for p in pieces {
+            let len = match p.size_in_bits {
+                Some(bits) if bits % 8 == 0 => bits / 8,
+                Some(_) => return LocalPlace::Gone("in pieces of odd bits"),
+                None => size.saturating_sub(out.len() as u64),
+            };
+            let Some(room) = size.checked_sub(out.len() as u64).filter(|r| len <= *r && len <= 4096) else {
+                return LocalPlace::Gone("in pieces that do not fit");
+            };
+            let bytes = match self.piece(p, len.min(room)) {
+                LocalPlace::Memory(a) => self.memory.bytes(a, len as usize).ok(),
+                LocalPlace::Register { value, .. } => Some(value.to_le_bytes().to_vec()),
+                LocalPlace::Value(v) => Some(v),
+                LocalPlace::Gone(why) => return LocalPlace::Gone(why),
+            };
+            match bytes.and_then(|b| b.get(..len as usize).map(<[u8]>::to_vec)) {
+                Some(b) => out.extend(b),
+                None => return LocalPlace::Gone("in pieces, one of which cannot be read"),
+            }
+        }
+        if out.len() as u64 == size { LocalPlace::Value(out) } else { LocalPlace::Gone("known in part only") }
+    }
+
+    fn piece(&self, piece: &gimli::Piece<Slice<'a>>, size: u64) -> LocalPlace {
+        const LOST: LocalPlace = LocalPlace::Gone("its location cannot be computed");
         match piece.location {
             Location::Address { address } => LocalPlace::Memory(Addr(address)),
             Location::Register { register } => self.register(register.0),

@@ -15,6 +15,7 @@ mod names;
 mod pairing;
 pub mod print;
 mod read;
+mod report;
 mod sections;
 mod slots;
 
@@ -28,4 +29,8 @@ pub use model::{
     Bits, Encoding, Enumeration, Function, Member, Name, Qualifier, Record, RecordKind, SyncKind, Type,
     TypeId, TypeModel, VarPlace, Variable,
 };
+pub use report::{Compared, GlobalChange, GlobalRow, NeedsRule, TypesReport};
 pub use slots::{MAX_SLOTS, Slot, SlotKind};
+
+#[cfg(test)]
+mod hostile_tests;

@@ -95,6 +95,12 @@ impl TypeModel {
             }
             Type::Qualified { qualifier, to } => {
                 let word = qualifier.keyword();
+                // DWARF says it twice for an array: of the array and of its elements.
+                if let Type::Array { element, .. } = &self[*to]
+                    && matches!(&self[*element], Type::Qualified { qualifier: q, .. } if q == qualifier)
+                {
+                    return self.declarator(*to, inner, depth - 1);
+                }
                 if matches!(self[*to], Type::Pointer(_)) {
                     // The qualifier of a pointer stands behind the star.
                     return self.declarator(*to, join(word, &inner), depth - 1);

@@ -49,6 +49,12 @@ impl Target {
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
+    /// A program that does not say when it is ready.
+    pub fn start(exe: &Path, args: &[&str]) -> Self {
+        let child = Command::new(exe).args(args).stdout(Stdio::null()).spawn().expect("starts");
+        let mem = std::fs::File::open(format!("/proc/{}/mem", child.id())).expect("its memory");
+        Self { child, lines: Vec::new(), mem }
+    }
     /// The words of all lines that start with `tag`.
     pub fn tagged(&self, tag: &str) -> Vec<Vec<String>> {
         let split = |l: &String| l.split(' ').map(str::to_owned).collect::<Vec<_>>();
@@ -135,6 +141,9 @@ impl Target {
         for t in &mut threads {
             t.regs = blocked_regs(self.pid(), t);
         }
+        if threads.is_empty() {
+            threads = find_threads(self);
+        }
         proto::Process {
             pid: self.pid(),
             exe_path: format!("/proc/{}/exe", self.pid()),
@@ -160,4 +169,33 @@ fn blocked_regs(pid: u32, t: &proto::Thread) -> Vec<u64> {
         regs.fs_base = t.fs_base;
         return regs.to_words();
     }
+}
+
+/// Threads of a program that says nothing about them: `struct pthread` starts with pointers to itself, and
+/// holds the tid.
+pub fn find_threads(t: &Target) -> Vec<proto::Thread> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", t.pid())).expect("tasks");
+    let mut tids: Vec<u32> =
+        tasks.map(|e| e.unwrap().file_name().to_string_lossy().parse().unwrap()).collect();
+    tids.sort_by_key(|&tid| (tid != t.pid(), tid));
+    let mut found = Vec::new();
+    for v in t.vmas().iter().filter(|v| v.prot & 3 == 3 && v.ino == 0 && v.end - v.start < 64 << 20) {
+        let Ok(raw) = t.bytes(Addr(v.start), (v.end - v.start) as usize) else { continue };
+        let word = |o: usize| u64::from_le_bytes(raw[o..o + 8].try_into().unwrap());
+        for o in (0..raw.len().saturating_sub(0x300)).step_by(64) {
+            let at = v.start + o as u64;
+            if word(o) == at && word(o + 16) == at {
+                let tid = (0x2c0..0x300).step_by(8).map(|i| word(o + i) as u32).find(|w| tids.contains(w));
+                found.extend(tid.map(|tid| (tid, at)));
+            }
+        }
+    }
+    tids.iter()
+        .map(|&tid| {
+            let fs_base = found.iter().find(|f| f.0 == tid).expect("its struct pthread").1;
+            let mut thread = proto::Thread { tid, fs_base, ..Default::default() };
+            thread.regs = blocked_regs(t.pid(), &thread);
+            thread
+        })
+        .collect()
 }

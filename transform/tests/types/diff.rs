@@ -315,3 +315,62 @@ fn typedefs_statics_and_recursion() {
     let slots = p.old.pointer_map(p.old.global("m").unwrap().ty).unwrap();
     assert!(matches!(slots[..], [mcr_transform::types::Slot { kind: SlotKind::Sync(_, 40), .. }]));
 }
+
+#[test]
+fn the_report_says_everything() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/kv");
+    let w = Workshop::new();
+    let kv = |v: &str| {
+        let text = std::fs::read_to_string(dir.join(format!("{v}.c"))).unwrap();
+        load(&w.build(v, &[(&format!("{v}.c"), &text)], &["-g", "-O2"]))
+    };
+    let (v1, v2, v3) = (kv("v1"), kv("v2"), kv("v3"));
+    let rules = Rules::default();
+    let r = LayoutDiff::new(&v1, &v2, &rules).report();
+    let names: Vec<&str> = r.types.iter().map(|t| t.name.as_str()).collect();
+    assert_eq!(names, ["struct entry", "struct session"]);
+    assert!(
+        r.added_globals.iter().any(|g| g.name == "errors")
+            && r.removed_globals.iter().any(|g| g.name == "total_requests")
+    );
+    assert!(r.added_functions.iter().any(|f| f == "cmd_errors"));
+    assert!(r.needs_rule.is_empty() && !r.is_same());
+    let text = r.text();
+    for part in
+        ["struct session (88 -> 104 bytes)", "uint64_t bytes_in is new", "int became long", "total_requests"]
+    {
+        assert!(text.contains(part), "{part}\n{text}");
+    }
+
+    // The last change of the bundled server: a renumbered enum comes first, the split struct needs its rules.
+    let rules = Rules::load(&dir.join("v3.toml")).unwrap();
+    let d = LayoutDiff::new(&v2, &v3, &rules);
+    let r = d.report();
+    assert!(r.types[0].silent && r.types[0].name == "enum mode", "{}", r.text());
+    let session = r.types.iter().find(|t| t.name == "struct session").unwrap();
+    assert!(
+        session.changes.iter().any(|c| c.kind == ChangeKind::Renamed && c.text.contains("in.data")),
+        "{}",
+        r.text()
+    );
+    assert!(r.needs_rule.is_empty(), "{}", r.text());
+    let (o, n) = (v2.find_type("struct session").unwrap(), v3.find_type("struct session").unwrap());
+    let c = d.convert(o, n, &vec![0; v2.size_of(o) as usize]);
+    assert!(c.problems.iter().all(|p| !p.refusal), "{:?}", c.problems);
+    assert_eq!(c.dropped.iter().map(|d| d.path.as_str()).collect::<Vec<_>>(), ["load"]);
+    let plain = Rules::default();
+    assert!(
+        !LayoutDiff::new(&v2, &v3, &plain).report().needs_rule.is_empty(),
+        "char *in became struct inbuf in"
+    );
+
+    let same = LayoutDiff::new(&v1, &v1, &plain).report();
+    assert!(same.is_same() && same.text().contains("No type and no variable differs"), "{}", same.text());
+    assert!(same.compared.types > 50);
+    serde_json_roundtrip(&same);
+}
+
+fn serde_json_roundtrip(r: &mcr_transform::types::TypesReport) {
+    let v = serde_json::to_value(r).unwrap();
+    assert!(v["compared"]["types"].as_u64().unwrap() > 0 && v["types"].as_array().unwrap().is_empty());
+}

@@ -1,0 +1,123 @@
+//! What the booted host gets besides the write list: the old process's open files at their numbers, and its
+//! signal handlers. Nothing of the old process is touched: the host shares open files with it, but neither
+//! the descriptor table nor its epoll objects.
+
+use super::{Files, UpdateError};
+use crate::boot::Host;
+use crate::fds::{Install, install_fds, move_fds};
+use crate::link::Booted;
+use crate::rebuild::Inject;
+use mcr_image::proto::fd::Object;
+use mcr_image::{Addr, Fd, ModuleMap, proto};
+use std::collections::BTreeSet;
+use std::io;
+
+fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> UpdateError {
+    let what = what.into();
+    move |source| UpdateError::Inside { what, source }
+}
+
+/// Gives the host the old process's open files at their numbers. Epoll objects stay those that the boot
+/// made (a shared one would still be the old process's), missing ones are made.
+pub(super) fn install_descriptors(
+    host: &mut Host,
+    old: &proto::Process,
+    booted: &Booted,
+    files: &Files<'_>,
+) -> Result<(), UpdateError> {
+    let mut installs = Vec::new();
+    let mut moves = Vec::new();
+    for fd in &old.fds {
+        let number = fd.number as i32;
+        if matches!(fd.object, Some(Object::Epoll(_))) {
+            match booted.epolls.iter().find(|e| e.old_fd == Some(Fd(number))) {
+                Some(e) if e.fd.0 == number => {}
+                Some(e) => moves.push((e.fd.0, number, fd.cloexec)),
+                None => {
+                    let flags = if fd.cloexec { libc::EPOLL_CLOEXEC } else { 0 };
+                    let what = format!("epoll_create1 for descriptor {number}");
+                    let made = host.leader_calls().call(libc::SYS_epoll_create1, &[flags as u64]);
+                    let made = made.map_err(failed(what))? as i32;
+                    if made != number {
+                        moves.push((made, number, fd.cloexec));
+                    }
+                }
+            }
+            continue;
+        }
+        let Some(&file) = files.get(&fd.number) else {
+            return Err(UpdateError::MissingFile { fd: Fd(number), what: fd.link.clone() });
+        };
+        installs.push(Install { number: Fd(number), file, cloexec: fd.cloexec });
+        // A listener that the new version knows by another number gets both.
+        for m in booted.fds.iter().filter(|m| m.old_fd.0 == number && m.new_fd.0 != number && m.old_object) {
+            installs.push(Install { number: m.new_fd, file, cloexec: fd.cloexec });
+        }
+    }
+    let pid = host.pid().0;
+    let numbers = old.fds.iter().map(|f| f.number as i32);
+    let spare = numbers.chain(moves.iter().flat_map(|m| [m.0, m.1])).max().map_or(3, |n| n + 1);
+    let spare = spare.max(host.highest_fd()? + 1);
+    let mut leader = host.leader_calls();
+    if !moves.is_empty() {
+        move_fds(&mut leader, &moves, spare)?;
+    }
+    install_fds(&mut leader, pid, &installs)?;
+    Ok(())
+}
+
+/// Installs the old version's signal handlers that the new one's start-up did not set itself, at the
+/// functions of the same name. Returns what could not be carried over.
+pub(super) fn carry_handlers(
+    host: &mut Host,
+    old: &proto::Process,
+    old_modules: &ModuleMap,
+    new_modules: &ModuleMap,
+    booted: &Booted,
+) -> Result<Vec<proto::Finding>, UpdateError> {
+    let mut findings = Vec::new();
+    let set: BTreeSet<u32> = booted.sigactions.iter().map(|a| a.signo).collect();
+    for a in old.sigactions.iter().filter(|a| a.handler > 1 && !set.contains(&a.signo)) {
+        let Some(handler) = same_function(old_modules, new_modules, Addr(a.handler)) else {
+            findings.push(proto::Finding {
+                severity: proto::Severity::Warning.into(),
+                code: "signal-handler-dropped".into(),
+                message: format!(
+                    "the old version's handler of {} at {:#x} has no counterpart in the new one",
+                    signal(a.signo),
+                    a.handler
+                ),
+                next_step: "let the new version install a handler at its start-up".into(),
+                ..Default::default()
+            });
+            continue;
+        };
+        let bytes: Vec<u8> =
+            [handler.0, a.flags, a.restorer, a.mask].iter().flat_map(|w| w.to_le_bytes()).collect();
+        host.leader_calls()
+            .call_with(libc::SYS_rt_sigaction, &[Some(a.signo.into()), None, Some(0), Some(8)], &bytes)
+            .map_err(failed(format!("rt_sigaction of {}", signal(a.signo))))?;
+    }
+    Ok(findings)
+}
+
+fn signal(n: u32) -> String {
+    nix::sys::signal::Signal::try_from(n as i32)
+        .map_or_else(|_| format!("signal {n}"), |s| s.as_str().to_owned())
+}
+
+/// The function of the new program with the name of the old one at an address; library code stays where it is.
+fn same_function(old: &ModuleMap, new: &ModuleMap, at: Addr) -> Option<Addr> {
+    let module = old.find(at)?;
+    if !module.is_exe() {
+        return new
+            .find(at)
+            .filter(|n| n.build_id() == module.build_id() && n.bias == module.bias)
+            .map(|_| at);
+    }
+    let symbol = module.elf.function_at(module.link(at))?;
+    if symbol.addr != module.link(at) {
+        return None;
+    }
+    new.exe()?.symbol(symbol.name)
+}

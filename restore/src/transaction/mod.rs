@@ -1,0 +1,427 @@
+//! An update as one transaction: until the commit the old process is whole, and whatever goes wrong it goes
+//! on under its own pid; after the commit the new version owns its connections and its state.
+
+mod error;
+mod hand;
+
+pub use error::UpdateError;
+
+use crate::apply;
+use crate::boot::{BootOutcome, BootSpec, Host, boot};
+use crate::link::{LinkInput, LinkStats, Span, WriteList, link};
+use crate::rebuild::{self, RebuildOptions, Threads};
+use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory, QuiesceOptions, modules, reap_hidden};
+use mcr_image::{Addr, ElfFile, Image, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
+use mcr_transform::types::TypeModel;
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How to update.
+#[derive(Clone, Debug, Default)]
+pub struct UpdateOptions {
+    /// Do everything on a copy while the old version serves, and report.
+    pub dry_run: bool,
+    /// Debug directories and rules.
+    pub transform: mcr_transform::Options,
+    /// How long to wait for a quiescent point; zero: the default.
+    pub quiesce_timeout: Duration,
+    /// How long the new version's start-up may take; zero: what the rules say, else 10 s.
+    pub boot_timeout: Duration,
+    /// How to rebuild the process (offline restores).
+    pub drop_connections: bool,
+}
+
+impl UpdateOptions {
+    fn boot_limit(&self) -> Duration {
+        match (self.boot_timeout, self.transform.rules.boot().timeout_s) {
+            (Duration::ZERO, Some(s)) => Duration::from_secs(s),
+            (Duration::ZERO, None) => Duration::from_secs(10),
+            (d, _) => d,
+        }
+    }
+}
+
+/// What an update did, or, after a dry run, would do.
+#[derive(Clone, Debug, Default)]
+pub struct UpdateReport {
+    /// The new version's process.
+    pub pid: Pid,
+    /// The old version's process.
+    pub old_pid: Pid,
+    /// Nothing was changed.
+    pub dry_run: bool,
+    /// Every phase.
+    pub phases: Vec<proto::Phase>,
+    /// How long nobody served, in microseconds.
+    pub frozen_us: u64,
+    /// What people should know.
+    pub findings: Vec<proto::Finding>,
+    /// What changed.
+    pub patch: proto::Patch,
+    /// Counts of the link.
+    pub link: LinkStats,
+    /// The end of what the new version wrote to its standard output and error while it started.
+    pub output: String,
+}
+
+/// Phases with one origin.
+struct Clock {
+    origin: Instant,
+    last: Instant,
+    phases: Vec<proto::Phase>,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { origin: now, last: now, phases: Vec::new() }
+    }
+    fn lap(&mut self, name: &str, frozen: bool) {
+        let now = Instant::now();
+        self.phases.push(proto::Phase {
+            name: name.to_owned(),
+            start_us: (self.last - self.origin).as_micros() as u64,
+            duration_us: (now - self.last).as_micros() as u64,
+            frozen,
+        });
+        self.last = now;
+    }
+    /// The parts of a phase that has just been measured by its own clock.
+    fn parts(&mut self, parts: &[(String, u64)], frozen: bool) {
+        let mut at = (self.last - self.origin).as_micros() as u64;
+        for (name, us) in parts {
+            self.phases.push(proto::Phase { name: name.clone(), start_us: at, duration_us: *us, frozen });
+            at += us;
+        }
+        self.last = Instant::now();
+    }
+    fn frozen_us(&self) -> u64 {
+        self.phases.iter().filter(|p| p.frozen).map(|p| p.duration_us).sum()
+    }
+}
+
+/// A booting or booted host, killed unless it was released.
+struct Guard {
+    host: Option<Host>,
+    /// Child of the old process, to be collected there: (old, child).
+    hidden: Option<(Pid, Pid)>,
+}
+
+impl Guard {
+    fn host(&mut self) -> Result<&mut Host, UpdateError> {
+        self.host.as_mut().ok_or(UpdateError::Internal("the host was released already"))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(host) = self.host.take() {
+            host.kill();
+        }
+        if let Some((old, child)) = self.hidden {
+            // A zombie that stays is no harm to the old process; it is gone with it.
+            drop(reap_hidden(old, child));
+        }
+    }
+}
+
+/// A copy of the old process that only lends its memory.
+struct Snapshot {
+    tracee: Option<mcr_criu_lite::Tracee>,
+    memory: ProcessMemory,
+    old: Pid,
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        if let Some(t) = self.tracee.take() {
+            let child = t.pid();
+            drop(t.kill());
+            drop(reap_hidden(self.old, child));
+        }
+    }
+}
+
+/// Both sides of an update, read and checked.
+struct Programs {
+    new_path: PathBuf,
+    new: Arc<ElfFile>,
+    types: TypeModel,
+}
+
+impl Programs {
+    fn read(new: &Path, options: &UpdateOptions) -> Result<Self, UpdateError> {
+        let new_path = std::fs::canonicalize(new)
+            .map_err(|source| UpdateError::NewProgram { path: new.to_owned(), source })?;
+        let dirs = options.transform.debug_search();
+        let elf = ElfFile::open_with_debug(&new_path, &dirs)?;
+        elf.check_updatable()?;
+        let types = TypeModel::load(&elf, &dirs)?;
+        Ok(Self { new_path, new: Arc::new(elf), types })
+    }
+}
+
+/// The old process as the transaction sees it.
+struct Old<'a> {
+    process: &'a proto::Process,
+    modules: &'a ModuleMap,
+    memory: &'a dyn Memory,
+    patch: &'a proto::Patch,
+}
+
+/// Boots and links. The host is booted when this returns, and nothing else has been done to it.
+fn make(
+    host: &mut Host,
+    old: &Old<'_>,
+    programs: &Programs,
+    options: &UpdateOptions,
+    clock: &mut Clock,
+    frozen: bool,
+) -> Result<(BootOutcome, WriteList), UpdateError> {
+    let rules = options.transform.rules.boot();
+    let random = old
+        .process
+        .mm
+        .as_ref()
+        .and_then(|m| auxv_value(&m.auxv, 25))
+        .and_then(|a| old.memory.bytes(Addr(a), 16).ok()?.try_into().ok());
+    let spec = BootSpec {
+        new: Arc::clone(&programs.new),
+        new_path: programs.new_path.clone(),
+        old: old.process,
+        old_modules: old.modules,
+        argv: rules.argv(&old.process.argv),
+        envp: rules.envp(&old.process.envp),
+        random,
+        reserve: old
+            .patch
+            .regions
+            .iter()
+            .map(|r| {
+                let end = (r.start + r.content.len() as u64).next_multiple_of(mcr_image::PAGE as u64);
+                Span::new(Addr(r.start), Addr(end))
+            })
+            .collect(),
+        timeout: options.boot_limit(),
+    };
+    let outcome = boot(host, &spec)?;
+    clock.parts(&outcome.phases, frozen);
+    let list = link(&LinkInput {
+        patch: old.patch,
+        process: old.process,
+        old: old.memory,
+        old_modules: old.modules,
+        old_types: None,
+        booted: &outcome.booted,
+        host: host.memory(),
+        modules: &outcome.modules,
+        types: &programs.types,
+        new_elf: &programs.new,
+    })?;
+    clock.lap("link", frozen);
+    Ok((outcome, list))
+}
+
+/// Old's open files by number, in our hands.
+type Files<'a> = HashMap<u32, BorrowedFd<'a>>;
+
+/// Lays the old state over the booted host. Returns findings.
+fn lay(
+    host: &mut Host,
+    old: &Old<'_>,
+    outcome: &BootOutcome,
+    list: &WriteList,
+    files: &Files<'_>,
+) -> Result<Vec<proto::Finding>, UpdateError> {
+    hand::install_descriptors(host, old.process, &outcome.booted, files)?;
+    apply::apply(host, list, cfg!(debug_assertions))?;
+    hand::carry_handlers(host, old.process, old.modules, &outcome.modules, &outcome.booted)
+}
+
+fn tids(outcome: &BootOutcome) -> Vec<Tid> {
+    outcome.booted.threads.iter().map(|t| t.tid).collect()
+}
+
+/// Pid files that name the old process name the new one now.
+fn rewrite_pid_files(outcome: &BootOutcome, old: Pid, new: Pid) -> Vec<proto::Finding> {
+    let mut findings = Vec::new();
+    for path in outcome.pid_files.iter().filter(|_| old != new) {
+        let written = std::fs::read_to_string(path)
+            .and_then(|t| std::fs::write(path, t.replace(&old.to_string(), &new.to_string())));
+        if let Err(e) = written {
+            findings.push(proto::Finding {
+                severity: proto::Severity::Warning.into(),
+                code: "pid-file".into(),
+                message: format!("{}: {e}; it still names {old}", path.display()),
+                next_step: format!("write {new} into it"),
+                ..Default::default()
+            });
+        }
+    }
+    findings
+}
+
+/// Updates a living process to a new build.
+pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateReport, UpdateError> {
+    let mut clock = Clock::new();
+    mcr_criu_lite::freeze::examine(pid)?;
+    let programs = Programs::read(new, options)?;
+    modules::preload(pid);
+    clock.lap("read programs", false);
+
+    let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
+    let mut wait = QuiesceOptions::default();
+    if !options.quiesce_timeout.is_zero() {
+        wait.timeout = options.quiesce_timeout;
+    }
+    let states = frozen.quiesce(&wait)?;
+    clock.lap("freeze", true);
+    let collected = frozen.collect(&states)?;
+    clock.lap("collect", true);
+
+    let (process, old_modules) = (&collected.process, Arc::clone(&collected.modules));
+    let files: Files<'_> = collected.fds.iter().map(|(n, f)| (*n, f.as_fd())).collect();
+    if options.dry_run {
+        let tracee = frozen.fork_hidden()?;
+        let child = tracee.pid();
+        let copy = frozen.fork_hidden()?;
+        let memory = ProcessMemory::open(copy.pid())
+            .map_err(|source| UpdateError::Memory { pid: copy.pid(), source })?;
+        let snapshot = Snapshot { tracee: Some(copy), memory, old: pid };
+        tracee.leak();
+        let mut guard = Guard { host: None, hidden: Some((pid, child)) };
+        guard.host = Some(Host::attach(child)?);
+        frozen.thaw()?;
+        clock.lap("fork", true);
+        let patch = mcr_transform::transform_process(
+            process,
+            &snapshot.memory,
+            &old_modules,
+            new,
+            &options.transform,
+        )?;
+        clock.lap("plan", false);
+        let old = Old { process, modules: &old_modules, memory: &snapshot.memory, patch: &patch };
+        let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, false)?;
+        drop(guard);
+        return Ok(report(pid, pid, true, clock, &outcome, list, patch, Vec::new()));
+    }
+
+    let memory = Arc::clone(frozen.memory());
+    let patch = mcr_transform::transform_process(process, &*memory, &old_modules, new, &options.transform)?;
+    clock.lap("plan", true);
+    let tracee = frozen.fork_host()?;
+    let child = tracee.pid();
+    tracee.leak();
+    let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
+    clock.lap("fork", true);
+    let old = Old { process, modules: &old_modules, memory: &*memory, patch: &patch };
+    let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
+    let mut findings = lay(guard.host()?, &old, &outcome, &list, &files)?;
+    clock.lap("apply", true);
+
+    let tids = tids(&outcome);
+    guard.host()?.park(&tids)?;
+    if mcr_criu_lite::interrupted() {
+        return Err(UpdateError::Interrupted);
+    }
+    // The commit: from here to the end of `kill` both are whole, and the old one does not run.
+    guard.host()?.disarm(&tids)?;
+    let ended = frozen.kill();
+    let host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;
+    host.let_go(&tids).map_err(|e| UpdateError::Lost { pid: child, why: e.to_string() })?;
+    clock.lap("commit", true);
+    if let Err(e) = ended {
+        findings.push(proto::Finding {
+            severity: proto::Severity::Warning.into(),
+            code: "old-process".into(),
+            message: format!("the new version runs as {child}, but ending the old one reported: {e}"),
+            next_step: format!("look whether process {pid} is gone"),
+            ..Default::default()
+        });
+    }
+    findings.extend(rewrite_pid_files(&outcome, pid, child));
+    clock.lap("clean up", false);
+    Ok(report(child, pid, false, clock, &outcome, list, patch, findings))
+}
+
+/// Restores an update image: rebuilds the old process's memory, boots the new version in it, links, releases.
+pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateReport, UpdateError> {
+    let mut clock = Clock::new();
+    let patch = image.patch()?.cloned().ok_or(UpdateError::NoPatch)?;
+    let programs = Programs::read(Path::new(&patch.new_path), options)?;
+    if programs.new.build_id().unwrap_or_default() != patch.new_build_id.as_slice() {
+        return Err(UpdateError::OtherBuild { path: programs.new_path, planned: hex(&patch.new_build_id) });
+    }
+    let process = image.process();
+    let memory = image.memory();
+    let old_modules = mcr_transform::image_modules(image, process, &memory, &options.transform);
+    clock.lap("read programs", false);
+    let rebuilt = rebuild::rebuild(
+        image,
+        &RebuildOptions {
+            threads: Threads::LeaderOnly,
+            drop_connections: options.drop_connections,
+            ..RebuildOptions::default()
+        },
+    )?;
+    let handed = rebuilt.hand_over()?;
+    let child = handed.pid;
+    let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
+    clock.lap("rebuild", true);
+    let files: Files<'_> = process
+        .fds
+        .iter()
+        .filter_map(|fd| Some((fd.number, handed.files.by_ofd.get(&fd.ofd)?.as_fd())))
+        .collect();
+    let old = Old { process, modules: &old_modules, memory: &memory, patch: &patch };
+    let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
+    let mut findings = lay(guard.host()?, &old, &outcome, &list, &files)?;
+    findings.extend(handed.findings.clone());
+    clock.lap("apply", true);
+    let tids = tids(&outcome);
+    guard.host()?.park(&tids)?;
+    guard.host()?.disarm(&tids)?;
+    let host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;
+    host.let_go(&tids).map_err(|e| UpdateError::Lost { pid: child, why: e.to_string() })?;
+    handed.confirm();
+    clock.lap("commit", true);
+    let old_pid = Pid(process.pid as i32);
+    findings.extend(rewrite_pid_files(&outcome, old_pid, child));
+    Ok(report(child, old_pid, false, clock, &outcome, list, patch, findings))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[allow(clippy::too_many_arguments)]
+fn report(
+    pid: Pid,
+    old_pid: Pid,
+    dry_run: bool,
+    clock: Clock,
+    outcome: &BootOutcome,
+    list: WriteList,
+    patch: proto::Patch,
+    mut findings: Vec<proto::Finding>,
+) -> UpdateReport {
+    let mut all = patch.findings.clone();
+    all.extend(outcome.booted.findings.iter().cloned());
+    all.extend(list.findings);
+    all.append(&mut findings);
+    UpdateReport {
+        pid,
+        old_pid,
+        dry_run,
+        frozen_us: clock.frozen_us(),
+        phases: clock.phases,
+        findings: all,
+        patch,
+        link: list.stats,
+        output: outcome.output.clone(),
+    }
+}
