@@ -28,7 +28,12 @@ fn median(mut v: Vec<f64>) -> f64 {
 fn mcr(args: &[&str]) -> Result<Value, String> {
     let out = run_mcr(args);
     if !out.status.success() {
-        return Err(format!("mcr {}: {}\n{}", args.join(" "), out.status, String::from_utf8_lossy(&out.stderr)));
+        return Err(format!(
+            "mcr {}: {}\n{}",
+            args.join(" "),
+            out.status,
+            String::from_utf8_lossy(&out.stderr)
+        ));
     }
     serde_json::from_slice(&out.stdout).map_err(|e| format!("mcr {}: {e}", args.join(" ")))
 }
@@ -53,7 +58,10 @@ fn row(server: &str, connections: usize, keys: usize, stats: &[Value], rss: (u64
     let mut phases: Vec<(String, f64)> = Vec::new();
     for p in stats.last().and_then(|s| s["phases"].as_array()).into_iter().flatten() {
         if p["frozen"].as_bool() == Some(true) {
-            phases.push((p["name"].as_str().unwrap_or("?").to_owned(), p["duration_us"].as_f64().unwrap_or(0.0)));
+            phases.push((
+                p["name"].as_str().unwrap_or("?").to_owned(),
+                p["duration_us"].as_f64().unwrap_or(0.0),
+            ));
         }
     }
     let text: Vec<_> = phases.iter().map(|(n, us)| format!("{n} {us:.0}")).collect();
@@ -100,7 +108,8 @@ fn kv_rows(quick: bool) -> Outcome {
 
 fn fill(r: &Redis, keys: usize) -> Outcome {
     let mut c = r.connect();
-    let text = |i: usize| vec!["SET".to_owned(), format!("key:{i}"), format!("value-{i}-{}", "x".repeat(i % 64))];
+    let text =
+        |i: usize| vec!["SET".to_owned(), format!("key:{i}"), format!("value-{i}-{}", "x".repeat(i % 64))];
     for from in (0..keys).step_by(50_000) {
         c.pipeline(&(from..(from + 50_000).min(keys)).map(text).collect::<Vec<_>>())?;
     }
@@ -178,7 +187,8 @@ fn plain_copy(pid: i32, out: &Path) -> Result<Duration, String> {
     for line in maps.lines().filter(|l| l.contains("rw-p")) {
         let Some((range, _)) = line.split_once(' ') else { continue };
         let Some((a, b)) = range.split_once('-') else { continue };
-        let (mut at, end) = (u64::from_str_radix(a, 16).unwrap_or(0), u64::from_str_radix(b, 16).unwrap_or(0));
+        let (mut at, end) =
+            (u64::from_str_radix(a, 16).unwrap_or(0), u64::from_str_radix(b, 16).unwrap_or(0));
         while at < end {
             let n = buf.len().min((end - at) as usize);
             let got = mem.read_at(&mut buf[..n], at).map_err(|e| e.to_string())?;
@@ -195,7 +205,8 @@ fn dumps(quick: bool) -> Outcome {
     let exe = dir.path().join("bigmem");
     support::cc(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/live/bigmem.c")), &exe, &[])?;
     for mib in if quick { &[256][..] } else { &[256, 1024] } {
-        let mut server = Server::start(Command::new(&exe).arg(mib.to_string()).current_dir("/"), Some("ready"));
+        let mut server =
+            Server::start(Command::new(&exe).arg(mib.to_string()).current_dir("/"), Some("ready"));
         let (img, copy) = (dir.path().join("big.mcr"), dir.path().join("big.raw"));
         let (mut dump, mut restore, mut frozen, mut read) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for _ in 0..3 {

@@ -34,7 +34,11 @@ pub fn run(a: &CheckArgs) -> Outcome {
     } else {
         print(&body);
     }
-    if ok { Ok(()) } else { Err(Failure::refused("check: not everything that is needed is there (see above)")) }
+    if ok {
+        Ok(())
+    } else {
+        Err(Failure::refused("check: not everything that is needed is there (see above)"))
+    }
 }
 
 fn print(b: &Body) {
@@ -60,8 +64,9 @@ fn print(b: &Body) {
 
 fn process(pid: i32) -> Result<Vec<Point>, Failure> {
     let exe = format!("/proc/{pid}/exe");
-    let path = std::fs::read_link(&exe)
-        .map_err(|e| Failure::refused(format!("process {pid}: readlink {exe}: {e}\ncheck the pid with ps")))?;
+    let path = std::fs::read_link(&exe).map_err(|e| {
+        Failure::refused(format!("process {pid}: readlink {exe}: {e}\ncheck the pid with ps"))
+    })?;
     let mut out = Vec::new();
     let mut point = |what: &str, r: Result<String, String>| {
         let ok = r.is_ok();
@@ -79,10 +84,16 @@ fn process(pid: i32) -> Result<Vec<Point>, Failure> {
     point("threads", Ok(word("Threads:")));
     match ElfFile::open(&exe) {
         Ok(elf) => {
-            point("program", elf.check_updatable().map(|()| path.display().to_string()).map_err(|e| e.to_string()));
-            point("build-id", elf.build_id().map(|_| elf.build_id_hex()).ok_or_else(|| {
-                "none: link with --build-id, or images cannot be matched with their program".to_owned()
-            }));
+            point(
+                "program",
+                elf.check_updatable().map(|()| path.display().to_string()).map_err(|e| e.to_string()),
+            );
+            point(
+                "build-id",
+                elf.build_id().map(|_| elf.build_id_hex()).ok_or_else(|| {
+                    "none: link with --build-id, or images cannot be matched with their program".to_owned()
+                }),
+            );
         }
         Err(e) => point("program", Err(e.to_string())),
     }

@@ -250,12 +250,17 @@ impl Cli {
     /// Runs the verb.
     pub fn run(&self) -> Outcome {
         match &self.verb {
+            Verb::Dump(a) => crate::dump::run(a),
+            Verb::Transform(a) => crate::transform::run(a),
+            Verb::Update(a) => crate::update::run(a),
+            Verb::Plan(a) => crate::plan::run(a),
+            Verb::Quiesce(a) => crate::quiesce::run(a),
             Verb::Inspect(a) => crate::inspect::run(a),
             Verb::Restore(a) => crate::restore::run(a),
             Verb::Keeper(a) => crate::keeper::run(a),
             Verb::Check(a) => crate::check::run(a),
+            Verb::Types(a) => crate::types::run(a),
             Verb::Demo(a) => crate::demo::run(a),
-            _ => Err(crate::exit::Failure::refused("not yet")),
         }
     }
 }

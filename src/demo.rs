@@ -14,8 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-const SOURCES: [&str; 3] =
-    [include_str!("../examples/kv/v1.c"), include_str!("../examples/kv/v2.c"), include_str!("../examples/kv/v3.c")];
+const SOURCES: [&str; 3] = [
+    include_str!("../examples/kv/v1.c"),
+    include_str!("../examples/kv/v2.c"),
+    include_str!("../examples/kv/v3.c"),
+];
 const RULES: [&str; 2] = [include_str!("../examples/kv/v2.toml"), include_str!("../examples/kv/v3.toml")];
 const CLIENTS: usize = 50;
 const KEYS: usize = 2000;
@@ -100,7 +103,9 @@ fn needs() -> Outcome {
         ));
     }
     if Command::new("cc").arg("--version").output().is_err() {
-        return Err(Failure::refused("demo: no C compiler `cc`: the bundled server is built from its source\ninstall gcc or clang"));
+        return Err(Failure::refused(
+            "demo: no C compiler `cc`: the bundled server is built from its source\ninstall gcc or clang",
+        ));
     }
     Ok(())
 }
@@ -139,7 +144,10 @@ fn mcr(args: &[&OsStr]) -> Result<serde_json::Value, Failure> {
 }
 
 fn pid_of(said: &serde_json::Value) -> Result<Pid, Failure> {
-    said["pid"].as_i64().map(|p| Pid::from_raw(p as i32)).ok_or_else(|| Failure::refused("demo: no pid was reported"))
+    said["pid"]
+        .as_i64()
+        .map(|p| Pid::from_raw(p as i32))
+        .ok_or_else(|| Failure::refused("demo: no pid was reported"))
 }
 
 fn load(port: u16) -> Result<Vec<Client>, Failure> {
@@ -166,7 +174,9 @@ fn check(clients: &mut [Client], version: &str) -> Outcome {
     for i in 0..KEYS {
         clients[i % CLIENTS].expect(&format!("GET key{i}"), &format!("value{i}"))?;
     }
-    println!("  {CLIENTS} connections answer as version {version}; {KEYS} keys, names, counters, jobs: all there");
+    println!(
+        "  {CLIENTS} connections answer as version {version}; {KEYS} keys, names, counters, jobs: all there"
+    );
     Ok(())
 }
 

@@ -226,7 +226,8 @@ fn object(image: &Image, text: &str, a: &InspectArgs) -> Outcome {
     let state = State::of(image, &a.debug_dirs)?;
     let symbol = |at| state.symbol(at);
     let v = expr::evaluate(&state.model, &state.memory, state.bases(), text)?;
-    let p = Printer { model: &state.model, memory: &state.memory, symbol: &symbol, limits: Limits::default() };
+    let p =
+        Printer { model: &state.model, memory: &state.memory, symbol: &symbol, limits: Limits::default() };
     if a.json {
         let body = TypedValue {
             expression: text.to_owned(),

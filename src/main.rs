@@ -6,13 +6,18 @@
 mod check;
 mod cli;
 mod demo;
+mod dump;
 mod exit;
 mod inspect;
 mod keeper;
 mod plan;
+mod quiesce;
 mod report;
 mod restore;
 mod state;
+mod transform;
+mod types;
+mod update;
 
 use clap::Parser;
 

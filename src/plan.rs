@@ -1,7 +1,12 @@
 //! `mcr plan`: what an update would do, before anything is touched; and the text form of every patch.
 
+use crate::cli::PlanArgs;
+use crate::exit::{Failure, Outcome};
+use mcr_image::Pid;
 use mcr_image::proto::{Patch, Severity};
+use serde::Serialize;
 use std::fmt::Write as _;
+use std::path::Path;
 
 /// A patch for people: types first, then objects, then what needs attention.
 pub fn print(p: &Patch) {
@@ -84,4 +89,34 @@ fn hex(b: &[u8]) -> String {
         return "(no build-id)".into();
     }
     b.iter().map(|x| format!("{x:02x}")).collect()
+}
+
+#[derive(Serialize)]
+struct Body {
+    possible: bool,
+    patch: Patch,
+}
+
+/// Runs the verb.
+pub fn run(a: &PlanArgs) -> Outcome {
+    let options = crate::update::options(&a.how)?;
+    let patch = match a.target.parse::<i32>() {
+        Ok(pid) => mcr_restore::transaction::plan(Pid(pid), &a.to, &options)
+            .map_err(|e| crate::update::failure(&e, &format!("process {pid} was not changed and goes on")))?,
+        Err(_) => {
+            let image = crate::inspect::open(Path::new(&a.target))?;
+            mcr_transform::transform_with_findings(&image, &a.to, &options)
+                .map_err(|e| Failure::with_code(e.exit_code(), e))?
+        }
+    };
+    let refusal = mcr_transform::plan::refusal(&patch);
+    if a.json {
+        crate::report::json("plan", &Body { possible: refusal.is_none(), patch })?;
+    } else {
+        print(&patch);
+    }
+    match refusal {
+        None => Ok(()),
+        Some(r) => Err(Failure::with_code(r.exit_code(), "plan: this update would be refused (see above)")),
+    }
 }

@@ -77,7 +77,8 @@ pub fn waterfall(title: &str, phases: &[mcr_image::proto::Phase]) {
     eprintln!("{title}: {:.3} ms", end as f64 / 1000.0);
     for p in phases {
         let from = (p.start_us * WIDTH / end) as usize;
-        let len = ((p.duration_us * WIDTH).div_ceil(end) as usize).clamp(1, WIDTH as usize + 1 - from.min(WIDTH as usize));
+        let len = ((p.duration_us * WIDTH).div_ceil(end) as usize)
+            .clamp(1, WIDTH as usize + 1 - from.min(WIDTH as usize));
         let bar: String = std::iter::repeat_n(' ', from)
             .chain(std::iter::repeat_n(if p.frozen { '#' } else { '=' }, len))
             .collect();

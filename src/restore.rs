@@ -6,6 +6,7 @@ use crate::report;
 use mcr_image::Image;
 use mcr_image::proto::{Finding, Phase};
 use mcr_restore::rebuild::{RebuildOptions, restore_image};
+use mcr_restore::transaction::{UpdateOptions, restore_update};
 use serde::Serialize;
 
 /// What `--json` and `--stats` say.
@@ -28,20 +29,16 @@ pub fn frozen_us(phases: &[Phase]) -> u64 {
 pub fn run(a: &RestoreArgs) -> Outcome {
     let image = crate::inspect::open(&a.image)?;
     let options = RebuildOptions { drop_connections: a.drop_connections, ..RebuildOptions::default() };
-    let (pid, phases, findings) = if image.has_patch() {
-        update_image(a, &image)?
-    } else {
-        let done = restore_image(&image, &options)?;
-        (done.pid.0, done.phases, done.findings)
-    };
-    if let Some(file) = &a.pidfile {
-        std::fs::write(file, format!("{pid}\n"))
-            .map_err(|e| Failure::refused(format!("process {pid} runs, but --pidfile {}: {e}", file.display())))?;
+    if image.has_patch() {
+        return update_image(a, &image);
     }
+    let done = restore_image(&image, &options)?;
+    let (pid, phases, findings) = (done.pid.0, done.phases, done.findings);
+    pidfile(a, pid)?;
     let body = Body {
         pid,
         image: a.image.display().to_string(),
-        updated: image.has_patch(),
+        updated: false,
         frozen_us: frozen_us(&phases),
         phases,
         findings,
@@ -56,6 +53,30 @@ pub fn run(a: &RestoreArgs) -> Outcome {
     Ok(())
 }
 
-fn update_image(_: &RestoreArgs, _: &Image) -> Result<(i32, Vec<Phase>, Vec<Finding>), Failure> {
-    Err(Failure::refused("not yet"))
+/// Boots the new version over the image's state.
+fn update_image(a: &RestoreArgs, image: &Image) -> Outcome {
+    let options = UpdateOptions {
+        transform: crate::update::options(&a.how)?,
+        boot_timeout: crate::update::limit(a.timeout),
+        drop_connections: a.drop_connections,
+        ..UpdateOptions::default()
+    };
+    let done = restore_update(image, &options).map_err(|e| {
+        crate::update::failure(&e, "the image is as it was: restore it again, or the dump it was made from")
+    })?;
+    let body = crate::update::Body::new(done);
+    pidfile(a, body.pid())?;
+    report::stats("restore", a.stats.as_deref(), &body)?;
+    if a.json {
+        return report::json("restore", &body);
+    }
+    body.print("restore");
+    println!("{}", body.pid());
+    Ok(())
+}
+
+fn pidfile(a: &RestoreArgs, pid: i32) -> Outcome {
+    let Some(file) = &a.pidfile else { return Ok(()) };
+    std::fs::write(file, format!("{pid}\n"))
+        .map_err(|e| Failure::refused(format!("process {pid} runs, but --pidfile {}: {e}", file.display())))
 }

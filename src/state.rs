@@ -48,7 +48,8 @@ impl State {
             )));
         };
         let model = TypeModel::load(&exe.elf, &dirs)?;
-        let fs = image.process().threads.first().and_then(|t| Regs::from_words(&t.regs)).map(|r| Addr(r.fs_base));
+        let fs =
+            image.process().threads.first().and_then(|t| Regs::from_words(&t.regs)).map(|r| Addr(r.fs_base));
         let tls = fs.and_then(|fs| mcr_image::tls_block(&memory, fs, exe));
         Ok(Self { memory, modules, model, tls })
     }
@@ -68,4 +69,3 @@ impl State {
         Some(if offset == 0 { name } else { format!("{name}+{offset:#x}") })
     }
 }
-

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 pub fn cases() -> Vec<Case> {
     let mut v = vec![
         Case::new("bad input: a dead pid", || refused(&["dump", "4194303", "-o", "/dev/null"], &["4194303"])),
-        Case::new("bad input: a kernel thread", || refused(&["dump", "2", "-o", "/dev/null"], &["kernel thread"])),
+        Case::new("bad input: a kernel thread", || {
+            refused(&["dump", "2", "-o", "/dev/null"], &["kernel thread"])
+        }),
         Case::new("bad input: ourselves", ourselves),
         Case::new("bad input: no disk space", no_space),
         Case::new("bad input: truncated, flipped and foreign images", images),
@@ -28,7 +30,9 @@ pub fn cases() -> Vec<Case> {
         ("listens elsewhere", LISTENS, &[], &["listen"]),
     ] {
         let (wants, flags) = (wants.to_vec(), flags.to_vec());
-        v.push(Case::new(&format!("bad input: a new binary that {name}"), move || new_binary(source, &flags, &wants)));
+        v.push(Case::new(&format!("bad input: a new binary that {name}"), move || {
+            new_binary(source, &flags, &wants)
+        }));
     }
     v
 }
@@ -134,10 +138,8 @@ fn new_binary(source: &str, flags: &[&str], wants: &[&str]) -> Check {
     ensure!(kv.server.alive(), "the old server is gone");
     load.verify("1.0")?;
     // And the next, good update still works.
-    let done = crate::support::expect_mcr(
-        0,
-        &["update", &pid, "--to", &binary(1).display().to_string(), "--json"],
-    )?;
+    let done =
+        crate::support::expect_mcr(0, &["update", &pid, "--to", &binary(1).display().to_string(), "--json"])?;
     let mut kv = kv;
     kv.server.becomes(crate::support::reported_pid(&done)?);
     load.verify("1.0")

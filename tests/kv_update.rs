@@ -16,7 +16,9 @@ pub fn cases() -> Vec<Case> {
         Case::new("kv: refused without the rule that names the renamed field", needs_rule),
     ];
     for seed in 1..=5 {
-        v.push(Case::new(&format!("kv: malloc for good after a live update, seed {seed}"), move || malloc_stress(seed)));
+        v.push(Case::new(&format!("kv: malloc for good after a live update, seed {seed}"), move || {
+            malloc_stress(seed)
+        }));
     }
     v
 }
@@ -80,10 +82,12 @@ impl Load {
             self.tell(i, "SELFCHECK", "OK")?;
             let who = self.clients[i].ask("WHOAMI")?.to_lowercase();
             self.requests[i] += 1;
-            for want in
-                [format!("name=client-{i} "), format!("mode={} ", if i % 3 == 1 { "upper" } else { "plain" }),
-                 "last=selfcheck ".into(), format!("nreq={} ", self.requests[i])]
-            {
+            for want in [
+                format!("name=client-{i} "),
+                format!("mode={} ", if i % 3 == 1 { "upper" } else { "plain" }),
+                "last=selfcheck ".into(),
+                format!("nreq={} ", self.requests[i]),
+            ] {
                 ensure!(who.contains(&want), "client {i}: no {want:?} in {who:?}");
             }
             self.tell(i, "VERSION", version)?;

@@ -188,7 +188,8 @@ impl Sessions {
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
         let dir = crate::support::scratch();
-        std::fs::copy(r.dir.path().join("dump.rdb"), dir.path().join("dump.rdb")).map_err(|e| format!("dump.rdb: {e}"))?;
+        std::fs::copy(r.dir.path().join("dump.rdb"), dir.path().join("dump.rdb"))
+            .map_err(|e| format!("dump.rdb: {e}"))?;
         let port = crate::support::free_port();
         let fresh = Redis { server: Server::start(&mut command(binary, port, dir.path()), None), port, dir };
         let end = std::time::Instant::now() + std::time::Duration::from_secs(60);

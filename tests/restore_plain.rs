@@ -36,7 +36,8 @@ fn leave_running() -> Check {
     let mut load = Load::put(&kv, 500, 5)?;
     for round in 0..20 {
         let img = kv.dir.path().join(format!("kv{round}.mcr")).display().to_string();
-        let done = expect_mcr(0, &["dump", &kv.server.pid.to_string(), "-o", &img, "--leave-running", "--json"])?;
+        let done =
+            expect_mcr(0, &["dump", &kv.server.pid.to_string(), "-o", &img, "--leave-running", "--json"])?;
         ensure!(json(&done)?["schema_version"].is_u64(), "no schema_version");
         load.verify("1.0")?;
     }

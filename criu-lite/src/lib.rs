@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 pub mod collect;
+pub mod dump;
 pub mod freeze;
 mod memory;
 pub mod modules;

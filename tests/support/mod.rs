@@ -98,7 +98,10 @@ impl Server {
 
     pub fn alive(&self) -> bool {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        stat.rsplit(')').next().and_then(|r| r.split_whitespace().next()).is_some_and(|s| s != "Z" && s != "X")
+        stat.rsplit(')')
+            .next()
+            .and_then(|r| r.split_whitespace().next())
+            .is_some_and(|s| s != "Z" && s != "X")
     }
 
     /// Waits until the process is gone and reaped.
@@ -106,7 +109,8 @@ impl Server {
         loop {
             // SAFETY: waitpid(2) with a null status pointer is allowed.
             let r = unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
-            if r == self.pid || (r < 0 && std::io::Error::last_os_error().raw_os_error() != Some(libc::EINTR)) {
+            if r == self.pid || (r < 0 && std::io::Error::last_os_error().raw_os_error() != Some(libc::EINTR))
+            {
                 return;
             }
         }

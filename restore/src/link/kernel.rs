@@ -82,7 +82,10 @@ pub fn epolls(
         }
         let _ = from_old;
         for (fd, (events, data)) in wanted {
-            let op = match native.get(&fd) {
+            // A watch belongs to the open file, not to the number: where old's object was put at the number, the
+            // boot's watch went away with the boot's own file.
+            let replaced = booted.fds.iter().any(|m| m.new_fd.0 as u32 == fd && m.old_object);
+            let op = match native.get(&fd).filter(|_| !replaced) {
                 Some(w) if w.events == events && w.data == data => continue,
                 Some(_) => EPOLL_CTL_MOD,
                 None => EPOLL_CTL_ADD,

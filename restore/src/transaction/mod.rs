@@ -394,6 +394,20 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
     Ok(report(child, old_pid, false, clock, &outcome, list, patch, findings))
 }
 
+/// What an update of a running process would do; refusals stay among the patch's findings. The process stands
+/// still while it is looked at, and runs on.
+pub fn plan(pid: Pid, new: &Path, options: &mcr_transform::Options) -> Result<proto::Patch, UpdateError> {
+    mcr_criu_lite::freeze::examine(pid)?;
+    modules::preload(pid);
+    let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
+    let states = frozen.quiesce(&QuiesceOptions::default())?;
+    let collected = frozen.collect(&states)?;
+    let memory = Arc::clone(frozen.memory());
+    let patch = mcr_transform::plan_process(&collected.process, &*memory, &collected.modules, new, options)?;
+    frozen.thaw()?;
+    Ok(patch)
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -161,7 +161,22 @@ pub(super) fn opaque(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>, t
         if !lives(space, at) || !lives(space, at + 7) || is_text(w, at) {
             continue;
         }
-        hidden_pointer(w, v, at, whereabouts(tracer, at));
+        // Packed structs (struct epoll_event is one) hold pointers at multiples of four, and eight bytes that
+        // equal the start of a live object by accident are not a thing that happens.
+        let conv = fixer.convs.at(v).map(|n| &fixer.convs.list[n]).filter(|c| at % 4 == 0 && c.old_addr == v);
+        match conv.map(|c| c.new_addr) {
+            Some(new) => {
+                w.findings.info(
+                    "packed-pointer",
+                    format!("the bytes at {at:#x} hold the address of an object that moves ({v:#x}, now {new:#x})"),
+                    whereabouts(tracer, at),
+                    "check that it is a pointer",
+                    at,
+                );
+                out.put(w, fixer, at, Fix::Value(new));
+            }
+            None => hidden_pointer(w, v, at, whereabouts(tracer, at)),
+        }
     }
     out
 }

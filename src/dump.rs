@@ -1,0 +1,104 @@
+//! `mcr dump PID -o FILE`: a quiescent process into one image file.
+
+use crate::cli::DumpArgs;
+use crate::exit::{Failure, Outcome};
+use crate::report::{self, size};
+use mcr_criu_lite::collect::Collected;
+use mcr_criu_lite::dump::{DumpOptions, Kept, dump};
+use mcr_image::Pid;
+use mcr_image::proto::fd::Object;
+use mcr_restore::keeper::{self, Keeper, KeeperOptions};
+use std::collections::BTreeSet;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Runs the verb.
+pub fn run(a: &DumpArgs) -> Outcome {
+    if a.pid == std::process::id() as i32 {
+        return Err(Failure::refused(format!(
+            "{} is mcr itself: it cannot dump itself\ngive the server's pid",
+            a.pid
+        )));
+    }
+    let options = DumpOptions {
+        leave_running: a.leave_running,
+        timeout: Duration::from_secs_f64(a.timeout.clamp(0.01, 3600.0)),
+    };
+    let mut keeper = None;
+    let mut hook = |image_id: &str, all: &mut Collected| {
+        if a.leave_running {
+            // The process itself keeps its connections.
+            return Ok(Kept::default());
+        }
+        keep(image_id, all, a.keep, &mut keeper)
+    };
+    let done = dump(Pid(a.pid), &a.output, &options, &mut hook);
+    let done = match done {
+        Ok(d) => d,
+        Err(e) => {
+            if let Some(k) = keeper {
+                k.abandon();
+            }
+            let f = Failure::from(e);
+            let text = f.message;
+            let name = a.output.display().to_string();
+            let text = if text.contains(&name) { text } else { format!("{text}\n(dumping to {name})") };
+            return Err(Failure::with_code(f.code, text));
+        }
+    };
+    report::stats("dump", a.stats.as_deref(), &done)?;
+    let to_stdout = a.output.as_os_str() == "-";
+    if a.json && !to_stdout {
+        return report::json("dump", &done);
+    }
+    report::waterfall("dump", &done.phases);
+    if !to_stdout {
+        println!("{}: {}, {} pages", a.output.display(), size(done.image_bytes), done.pages);
+        if keeper.is_some() {
+            println!("its connections are kept open for {} s: mcr restore {}", a.keep, a.output.display());
+        }
+    }
+    Ok(())
+}
+
+/// Hands the sockets to a keeper.
+fn keep(
+    image_id: &str,
+    all: &mut Collected,
+    seconds: u64,
+    slot: &mut Option<Keeper>,
+) -> Result<Kept, String> {
+    let mut kept = Vec::new();
+    let mut seen = BTreeSet::new();
+    for fd in &mut all.process.fds {
+        let ino = match &mut fd.object {
+            Some(Object::Tcp(s)) => {
+                s.kept = true;
+                s.ino
+            }
+            Some(Object::Udp(s)) => {
+                s.kept = true;
+                s.ino
+            }
+            Some(Object::Unix(s)) => {
+                s.kept = true;
+                s.ino
+            }
+            _ => continue,
+        };
+        if !seen.insert(fd.ofd) {
+            continue;
+        }
+        let file = all.fds.get(&fd.number).ok_or_else(|| format!("descriptor {} is gone", fd.number))?;
+        let file = file.try_clone().map_err(|e| format!("descriptor {}: dup: {e}", fd.number))?;
+        kept.push(keeper::Kept { ofd: fd.ofd, ino, fd: file });
+    }
+    if kept.is_empty() {
+        return Ok(Kept::default());
+    }
+    let options = KeeperOptions { deadline: Duration::from_secs(seconds), ..KeeperOptions::default() };
+    let started = Keeper::start(image_id, kept, &options).map_err(|e| e.to_string())?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let result = Kept { socket: started.name().to_owned(), deadline_unix_s: now + seconds };
+    *slot = Some(started);
+    Ok(result)
+}

@@ -1,0 +1,103 @@
+//! `mcr update PID --to NEW`: dump, transform and restore in one live transaction.
+
+use crate::cli::{How, UpdateArgs};
+use crate::exit::{Failure, Outcome};
+use crate::report;
+use mcr_image::Pid;
+use mcr_image::proto::{Finding, Phase, TypeChange};
+use mcr_plugin::Rules;
+use mcr_restore::transaction::{UpdateError, UpdateOptions, UpdateReport, update};
+use mcr_transform::Options;
+use serde::Serialize;
+use std::time::Duration;
+
+/// What `--json` and `--stats` say.
+#[derive(Serialize)]
+pub struct Body {
+    pid: i32,
+    old_pid: i32,
+    dry_run: bool,
+    frozen_us: u64,
+    phases: Vec<Phase>,
+    findings: Vec<Finding>,
+    changes: Vec<TypeChange>,
+    link: mcr_restore::link::LinkStats,
+    startup_output: String,
+}
+
+impl Body {
+    /// From a finished update.
+    pub fn new(u: UpdateReport) -> Self {
+        Self {
+            pid: u.pid.0,
+            old_pid: u.old_pid.0,
+            dry_run: u.dry_run,
+            frozen_us: u.frozen_us,
+            phases: u.phases,
+            findings: u.findings,
+            changes: u.patch.changes,
+            link: u.link,
+            startup_output: u.output,
+        }
+    }
+
+    /// The new process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Waterfall, findings, and the pid on standard output.
+    pub fn print(&self, title: &str) {
+        report::waterfall(title, &self.phases);
+        report::findings(&self.findings);
+    }
+}
+
+/// Flags to the library's options.
+pub fn options(how: &How) -> Result<Options, Failure> {
+    let rules = match &how.rules {
+        Some(path) => Rules::load(path)?,
+        None => Rules::default(),
+    };
+    Ok(Options { debug_dirs: how.debug_dirs.clone(), rules })
+}
+
+/// Seconds of a flag.
+pub fn limit(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds.clamp(0.01, 3600.0))
+}
+
+/// An update that did not happen.
+pub fn failure(e: &UpdateError, state: &str) -> Failure {
+    let mut text = Failure::refused(e).message;
+    if let UpdateError::Transform(t) = e {
+        text = t.to_string();
+    }
+    Failure::with_code(e.exit_code(), format!("{text}\n{state}"))
+}
+
+/// Runs the verb.
+pub fn run(a: &UpdateArgs) -> Outcome {
+    let options = UpdateOptions {
+        transform: options(&a.how)?,
+        quiesce_timeout: limit(a.timeout),
+        boot_timeout: limit(a.timeout),
+        dry_run: a.dry_run,
+        ..UpdateOptions::default()
+    };
+    let done = update(Pid(a.pid), &a.to, &options)
+        .map_err(|e| failure(&e, &format!("process {} was not changed and goes on", a.pid)))?;
+    let body = Body::new(done);
+    report::stats("update", a.stats.as_deref(), &body)?;
+    if a.json {
+        return report::json("update", &body);
+    }
+    if a.dry_run {
+        body.print("dry run");
+        println!("{}: can be updated to {}; nothing was changed", a.pid, a.to.display());
+    } else {
+        body.print("update");
+        println!("{}", body.pid());
+    }
+    Ok(())
+}
