@@ -48,6 +48,12 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         ));
     }
     let pid_files = run.gate.pid_files.iter().map(|(path, _)| path.clone()).collect();
+    // What the start-up left alone and old ignores is ignored still, as after execve(2).
+    let mut sigactions = run.gate.sigactions.clone();
+    for a in spec.old.sigactions.iter().filter(|a| a.handler == 1) {
+        sigactions.entry(a.signo).or_insert_with(|| *a);
+    }
+    let sigactions = sigactions.into_values().collect();
     let booted = Booted {
         pid: host.pid,
         new_path: spec.new_path.clone(),
@@ -60,7 +66,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         fds,
         new_only_fds,
         epolls,
-        sigactions: run.gate.sigactions.values().cloned().collect(),
+        sigactions,
         brk: Addr(spec.old.mm.as_ref().map_or(0, |m| m.brk)),
         stack: Some(run.loaded.stack),
         findings: run.gate.findings,

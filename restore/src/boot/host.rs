@@ -152,6 +152,11 @@ impl Host {
         Ok(out)
     }
 
+    /// What an epoll descriptor watches.
+    pub fn watches(&self, fd: mcr_image::Fd) -> Result<Vec<proto::EpollWatch>> {
+        self.epoll_watches(fd.0)
+    }
+
     /// Its highest descriptor number, -1 without any.
     pub fn highest_fd(&self) -> Result<i32> {
         Ok(self.fd_numbers()?.last().copied().unwrap_or(-1))

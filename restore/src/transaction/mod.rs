@@ -170,6 +170,7 @@ struct Old<'a> {
     modules: &'a ModuleMap,
     memory: &'a dyn Memory,
     patch: &'a proto::Patch,
+    files: &'a Files<'a>,
 }
 
 /// Boots and links. The host is booted when this returns, and nothing else has been done to it.
@@ -207,8 +208,14 @@ fn make(
             .collect(),
         timeout: options.boot_limit(),
     };
-    let outcome = boot(host, &spec)?;
+    let mut outcome = boot(host, &spec)?;
     clock.parts(&outcome.phases, frozen);
+    // With its socket replaced by old's, a watch that the start-up registered is gone: link has to see that.
+    hand::install_descriptors(host, old.process, &outcome.booted, old.files)?;
+    for e in &mut outcome.booted.epolls {
+        e.watches = host.watches(e.fd)?;
+    }
+    clock.lap("descriptors", frozen);
     let list = link(&LinkInput {
         patch: old.patch,
         process: old.process,
@@ -234,9 +241,7 @@ fn lay(
     old: &Old<'_>,
     outcome: &BootOutcome,
     list: &WriteList,
-    files: &Files<'_>,
 ) -> Result<Vec<proto::Finding>, UpdateError> {
-    hand::install_descriptors(host, old.process, &outcome.booted, files)?;
     apply::apply(host, list, cfg!(debug_assertions))?;
     hand::carry_handlers(host, old.process, old.modules, &outcome.modules, &outcome.booted)
 }
@@ -304,7 +309,7 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
             &options.transform,
         )?;
         clock.lap("plan", false);
-        let old = Old { process, modules: &old_modules, memory: &snapshot.memory, patch: &patch };
+        let old = Old { process, modules: &old_modules, memory: &snapshot.memory, patch: &patch, files: &files };
         let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, false)?;
         drop(guard);
         return Ok(report(pid, pid, true, clock, &outcome, list, patch, Vec::new()));
@@ -318,9 +323,9 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
     tracee.leak();
     let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
     clock.lap("fork", true);
-    let old = Old { process, modules: &old_modules, memory: &*memory, patch: &patch };
+    let old = Old { process, modules: &old_modules, memory: &*memory, patch: &patch, files: &files };
     let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
-    let mut findings = lay(guard.host()?, &old, &outcome, &list, &files)?;
+    let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     clock.lap("apply", true);
 
     let tids = tids(&outcome);
@@ -377,9 +382,9 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
         .iter()
         .filter_map(|fd| Some((fd.number, handed.files.by_ofd.get(&fd.ofd)?.as_fd())))
         .collect();
-    let old = Old { process, modules: &old_modules, memory: &memory, patch: &patch };
+    let old = Old { process, modules: &old_modules, memory: &memory, patch: &patch, files: &files };
     let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
-    let mut findings = lay(guard.host()?, &old, &outcome, &list, &files)?;
+    let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     findings.extend(handed.findings.clone());
     clock.lap("apply", true);
     let tids = tids(&outcome);

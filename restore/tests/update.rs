@@ -1,0 +1,116 @@
+//! Live updates: the whole transaction, and its rollbacks.
+
+mod support;
+
+use mcr_image::Pid;
+use mcr_restore::transaction::{UpdateError, UpdateOptions, UpdateReport, update};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use support::{Server, build_source, example};
+
+fn options() -> UpdateOptions {
+    UpdateOptions { boot_timeout: Duration::from_secs(10), ..UpdateOptions::default() }
+}
+
+fn plain() -> PathBuf {
+    build_source("boot_server.c", "plain", &[])
+}
+
+fn show(r: &UpdateReport) {
+    for p in &r.phases {
+        eprintln!("{:>8} us {} {}", p.duration_us, if p.frozen { "frozen" } else { "      " }, p.name);
+    }
+}
+
+fn exe(pid: Pid) -> PathBuf {
+    std::fs::read_link(format!("/proc/{pid}/exe")).unwrap()
+}
+
+#[test]
+fn a_server_is_replaced_under_its_connections() {
+    let server = Server::start(&plain(), &["PORT"]);
+    let old = server.pid();
+    let mut a = server.connect();
+    let mut b = server.connect();
+    assert_eq!(a.ask("PING"), "PONG");
+    assert_eq!(b.ask("PING"), "PONG");
+    let new = build_source("boot_server.c", "again", &["-DAGAIN"]);
+    let mut last = old;
+    for round in 0..3 {
+        let to = if round % 2 == 0 { &new } else { &plain() };
+        let r = update(last, to, &options()).unwrap_or_else(|e| panic!("round {round}: {e}"));
+        let _new = support::Reaper(r.pid);
+        show(&r);
+        assert_ne!(r.pid, last);
+        assert_eq!(&exe(r.pid), to);
+        assert!(support::gone(last), "the old one has ended");
+        assert_eq!(a.ask("PING"), "PONG", "round {round}");
+        assert_eq!(b.ask("PING"), "PONG", "round {round}");
+        assert_eq!(server.connect().ask("PING"), "PONG", "round {round}");
+        last = r.pid;
+        std::mem::forget(_new);
+    }
+    drop(support::Reaper(last));
+}
+
+#[test]
+fn a_dry_run_leaves_everything_as_it_is() {
+    let server = Server::start(&plain(), &["PORT"]);
+    let mut a = server.connect();
+    assert_eq!(a.ask("PING"), "PONG");
+    let r = update(server.pid(), &plain(), &UpdateOptions { dry_run: true, ..options() })
+        .unwrap_or_else(|e| panic!("{e}"));
+    assert!(r.dry_run);
+    assert_eq!(a.ask("PING"), "PONG");
+    assert_eq!(server.connect().ask("PING"), "PONG");
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", server.pid())).unwrap();
+    assert_eq!(children, "", "no child is left");
+}
+
+fn rolls_back(new: &Path) -> UpdateError {
+    let server = Server::start(&plain(), &["PORT"]);
+    let mut a = server.connect();
+    assert_eq!(a.ask("PING"), "PONG");
+    let e = update(server.pid(), new, &options()).map(|r| r.pid).expect_err("refused");
+    assert_eq!(a.ask("PING"), "PONG", "the old connection serves on");
+    assert_eq!(server.connect().ask("PING"), "PONG", "the old one accepts");
+    assert_eq!(exe(server.pid()), plain());
+    e
+}
+
+#[test]
+fn a_new_version_that_fails_is_rolled_back() {
+    for (name, flag) in
+        [("crash", "-DCRASH"), ("exit0", "-DEXIT=0"), ("pause", "-DPAUSE"), ("elsewhere", "-DPORT_OFFSET=1000")]
+    {
+        let e = rolls_back(&build_source("boot_server.c", name, &[flag]));
+        assert!(matches!(e, UpdateError::Boot(_)), "{name}: {e}");
+        assert_eq!(e.exit_code(), 1, "{name}: {e}");
+    }
+}
+
+#[test]
+fn the_bundled_server_goes_from_one_to_two_to_three() {
+    let server = Server::start(&example("v1"), &["PORT", "LOG"]);
+    let mut a = server.connect();
+    for i in 0..200 {
+        assert!(a.ask(&format!("SET key{i} value{i}")).starts_with("OK"));
+    }
+    let mut last = server.pid();
+    for version in ["v2", "v3"] {
+        let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../examples/kv/{version}.toml"));
+        let mut o = options();
+        o.transform.rules = mcr_plugin::Rules::load(&rules).expect("rules");
+        let r = update(last, &example(version), &o).unwrap_or_else(|e| panic!("to {version}: {e}"));
+        show(&r);
+        last = r.pid;
+        let _new = support::Reaper(last);
+        for i in 0..200 {
+            assert!(a.ask(&format!("GET key{i}")).contains(&format!("value{i}")), "{version}: key{i}");
+        }
+        assert!(a.ask("SELFCHECK").starts_with("OK"), "{version}");
+        assert!(server.connect().ask("SELFCHECK").starts_with("OK"), "{version}");
+        std::mem::forget(_new);
+    }
+    drop(support::Reaper(last));
+}
