@@ -80,9 +80,12 @@ fn rolls_back(new: &Path) -> UpdateError {
 
 #[test]
 fn a_new_version_that_fails_is_rolled_back() {
-    for (name, flag) in
-        [("crash", "-DCRASH"), ("exit0", "-DEXIT=0"), ("pause", "-DPAUSE"), ("elsewhere", "-DPORT_OFFSET=1000")]
-    {
+    for (name, flag) in [
+        ("crash", "-DCRASH"),
+        ("exit0", "-DEXIT=0"),
+        ("pause", "-DPAUSE"),
+        ("elsewhere", "-DPORT_OFFSET=1000"),
+    ] {
         let e = rolls_back(&build_source("boot_server.c", name, &[flag]));
         assert!(matches!(e, UpdateError::Boot(_)), "{name}: {e}");
         assert_eq!(e.exit_code(), 1, "{name}: {e}");

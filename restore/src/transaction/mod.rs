@@ -309,7 +309,8 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
             &options.transform,
         )?;
         clock.lap("plan", false);
-        let old = Old { process, modules: &old_modules, memory: &snapshot.memory, patch: &patch, files: &files };
+        let old =
+            Old { process, modules: &old_modules, memory: &snapshot.memory, patch: &patch, files: &files };
         let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, false)?;
         drop(guard);
         return Ok(report(pid, pid, true, clock, &outcome, list, patch, Vec::new()));

@@ -90,6 +90,10 @@ impl Words<'_> {
                     if code == "stack-reference" && self.fixer.is_stale_stack(v) {
                         continue;
                     }
+                    if code == "stack-reference" && self.native_sync && self.fixer.is_argument(v) {
+                        out.push((o, Fix::Native(8, "points at the arguments, of which the new version has its own")));
+                        continue;
+                    }
                     let message = format!("the pointer {v:#x} cannot be carried: {why}");
                     let next = "make it reachable for the new version by the name it gives, or set it to NULL before the update";
                     if typed && !self.weak {

@@ -38,6 +38,8 @@ pub(crate) struct Fixer<'a> {
     pub threads: &'a [proto::Thread],
     pub pid: u32,
     pub stack_vars: &'a [StackVar],
+    /// Where the main thread's arguments and environment begin (`mm.start_stack`); 0 when not known.
+    pub arguments: u64,
     /// Old and new offset of each thread-local variable of the program, with its size and name.
     pub tls_vars: &'a [(Range<u64>, Option<u64>, String)],
 }
@@ -134,6 +136,11 @@ impl Fixer<'_> {
     /// new layout.
     pub fn is_interesting(&self, v: u64) -> bool {
         self.space.program.contains(&v) || self.convs.at(v).is_some()
+    }
+
+    /// A pointer at the arguments, the environment or the auxiliary vector: the new version has its own.
+    pub fn is_argument(&self, v: u64) -> bool {
+        self.arguments != 0 && v >= self.arguments && matches!(self.space.spot(v), Spot::Stack(0))
     }
 
     /// It points below the stack pointer of its thread: what was there is gone already.

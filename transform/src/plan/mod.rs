@@ -149,6 +149,7 @@ pub(crate) fn plan_with_findings(
         threads: &old.process.threads,
         pid: old.process.pid,
         stack_vars: &roots.stack_vars,
+        arguments: old.process.mm.as_ref().map_or(0, |m| m.start_stack),
         tls_vars: &roots.tls_vars,
     };
     roots::carry(&mut w, &fixer, &layouts, &roots);
