@@ -15,6 +15,9 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|a| a == mcr_restore::keeper::SUBCOMMAND) {
         return ExitCode::from(mcr_restore::keeper::keeper_main(&args[2..]) as u8);
     }
+    if args.get(1).is_some_and(|a| a == synthetic::HALF) {
+        return synthetic::half(&args[2]);
+    }
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(keeping::trials());
     trials.extend(synthetic::trials());

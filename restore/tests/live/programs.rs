@@ -20,6 +20,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("live_process_state", || repeated("state", 34514, &[])),
         Trial::test("live_dropped_privileges", || repeated("state", 34515, &["drop"])),
         Trial::test("live_without_keeper_is_refused", without_keeper),
+        Trial::test("live_descriptors_made_anew", made_anew),
     ]
 }
 
@@ -125,5 +126,22 @@ fn without_keeper() -> Result<(), Failed> {
     // The old connection is gone, the listener serves.
     p.control = BufReader::new(TcpStream::connect(("127.0.0.1", 34516))?);
     assert_eq!(p.ask("check\n")?, "ok");
+    Ok(())
+}
+
+/// Pipes, sockets and their contents from the image alone.
+fn made_anew() -> Result<(), Failed> {
+    let mut p = Program::start("fdzoo", 34517, &[])?;
+    assert_eq!(p.ask("check\n")?, "ok");
+    for round in 0..5 {
+        let image = dump(p.pid, p.dir.path(), &format!("anew-{}-{round}", std::process::id()))?;
+        p.collect();
+        Keeper::drop_all(&image.meta().keeper_socket)?;
+        let options = RebuildOptions { drop_connections: true, ..Default::default() };
+        let restored = restore_image(&image, &options)?;
+        assert!(restored.findings.iter().any(|f| f.code == "connection-dropped"), "{:?}", restored.findings);
+        p.control = BufReader::new(TcpStream::connect(("127.0.0.1", 34517))?);
+        assert_eq!(p.ask("check\n")?, "ok", "round {round}");
+    }
     Ok(())
 }

@@ -14,6 +14,10 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("synthetic_pid_in_use_is_refused", in_use),
         Trial::test("synthetic_leader_only", leader_only),
         Trial::test("synthetic_descriptors_by_socket", by_socket),
+        Trial::test("synthetic_killed_engine_leaves_nothing", killed_engine),
+        Trial::test("synthetic_missing_file_is_refused", missing_file),
+        Trial::test("synthetic_hard_limit_is_explained", hard_limit),
+        Trial::test("synthetic_tid_in_use_is_refused", tid_in_use),
     ]
 }
 
@@ -71,6 +75,15 @@ fn code() -> Vec<u8> {
 }
 
 fn image(dir: &Path, pid: u32, others: u32) -> Result<Image, Failed> {
+    image_with(dir, pid, others, |_| ())
+}
+
+fn image_with(
+    dir: &Path,
+    pid: u32,
+    others: u32,
+    change: impl FnOnce(&mut proto::Process),
+) -> Result<Image, Failed> {
     let out = dir.join("out");
     std::fs::write(&out, b"")?;
     let md = std::fs::metadata(&out)?;
@@ -88,7 +101,7 @@ fn image(dir: &Path, pid: u32, others: u32) -> Result<Image, Failed> {
         regs.r15 = if n == 0 { 0 } else { DATA + 256 + u64::from(n) * 8 };
         proto::Thread { tid, comm: format!("synth{n}"), regs: regs.to_words(), ..Default::default() }
     };
-    let process = proto::Process {
+    let mut process = proto::Process {
         pid,
         pgid: pid,
         sid: pid,
@@ -135,6 +148,7 @@ fn image(dir: &Path, pid: u32, others: u32) -> Result<Image, Failed> {
             .collect(),
         ..Default::default()
     };
+    change(&mut process);
     let path = dir.join("image.mcr");
     let mut w = ImageWriter::create(&path)?;
     w.put(RecordKind::Meta, &proto::Meta { root_pid: pid, ..Default::default() })?;
@@ -268,5 +282,105 @@ fn by_socket() -> Result<(), Failed> {
         let flags = i64::from_str_radix(flags.trim(), 8)?;
         assert_eq!(flags & 0o2_000_000 != 0, cloexec, "fd {number}");
     }
+    Ok(())
+}
+
+/// First argument with which this program rebuilds an image, says so, and waits to be killed.
+pub const HALF: &str = "rebuild-and-wait";
+
+/// See [`HALF`].
+pub fn half(path: &str) -> std::process::ExitCode {
+    let host = Image::open(Path::new(path))
+        .map_err(|e| e.to_string())
+        .and_then(|i| rebuild(&i, &RebuildOptions::default()).map_err(|e| e.to_string()));
+    match host {
+        Ok(_host) => {
+            println!("stopped");
+            loop {
+                std::thread::park();
+            }
+        }
+        Err(e) => {
+            println!("{e}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// SIGKILL of the engine just before the release: the half-made process, with its threads, goes too.
+fn killed_engine() -> Result<(), Failed> {
+    use std::io::BufRead;
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    drop(image(dir.path(), pid, 4)?);
+    let mut engine = std::process::Command::new("/proc/self/exe")
+        .arg(HALF)
+        .arg(dir.path().join("image.mcr"))
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let mut line = String::new();
+    std::io::BufReader::new(engine.stdout.take().ok_or("stdout")?).read_line(&mut line)?;
+    assert_eq!(line, "stopped\n");
+    assert_eq!(std::fs::read_dir(format!("/proc/{pid}/task"))?.count(), 5);
+    engine.kill()?;
+    engine.wait()?;
+    // It is init's now, which may take its time to collect it; it must not run.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        if stat.contains(") Z") {
+            break;
+        }
+        assert!(std::time::Instant::now() < until, "{stat}");
+        std::thread::yield_now();
+    }
+    assert_eq!(std::fs::read(dir.path().join("out"))?, b"");
+    Ok(())
+}
+
+/// What is left of a refused restore: no process, nothing written.
+fn refused(image: &Image, pid: u32, dir: &Path) -> Result<String, Failed> {
+    let e = restore_image(image, &RebuildOptions::default()).err().ok_or("no refusal")?;
+    assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{e}");
+    if let Ok(out) = std::fs::read(dir.join("out")) {
+        assert_eq!(out, b"");
+    }
+    Ok(e.to_string())
+}
+
+fn missing_file() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    let image = image(dir.path(), pid, 0)?;
+    std::fs::remove_file(dir.path().join("out"))?;
+    let e = refused(&image, pid, dir.path())?;
+    assert!(e.contains("fd 5") && e.contains("No such file") && e.contains("restore again"), "{e}");
+    Ok(())
+}
+
+fn hard_limit() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?;
+    let image = image_with(dir.path(), pid, 0, |p| {
+        p.rlimits.push(proto::Rlimit { resource: libc::RLIMIT_NOFILE as u32, soft: 100, hard: hard + 1 });
+    })?;
+    match restore_image(&image, &RebuildOptions::default()) {
+        // With CAP_SYS_RESOURCE there is nothing to refuse.
+        Ok(_) => assert_eq!(exit_status(pid)?, 7),
+        Err(e) => {
+            assert!(e.to_string().contains("CAP_SYS_RESOURCE"), "{e}");
+            assert!(!Path::new(&format!("/proc/{pid}")).exists());
+        }
+    }
+    Ok(())
+}
+
+fn tid_in_use() -> Result<(), Failed> {
+    let dir = tempfile::tempdir()?;
+    let pid = free_pid()?;
+    let mine = std::process::id();
+    let image = image_with(dir.path(), pid, 1, |p| p.threads[1].tid = mine)?;
+    let e = refused(&image, pid, dir.path())?;
+    assert!(e.contains(&format!("tid {mine} is in use by")), "{e}");
     Ok(())
 }
