@@ -9,6 +9,7 @@ pub mod heap;
 mod layout;
 pub mod patch;
 pub mod plan;
+mod reach;
 mod relayout;
 mod resolve;
 mod scan;

@@ -98,20 +98,21 @@ impl<'a> Tracer<'a> {
     }
 
     /// Adds a root whose bytes are `bytes` (they need not be in memory: a local may live in registers).
-    pub fn root(&mut self, addr: u64, ty: TypeId, name: &str, bytes: &[u8]) -> ObjId {
+    /// A local may be uninitialised still: it is a `weak` witness.
+    pub fn root(&mut self, addr: u64, ty: TypeId, name: &str, bytes: &[u8], weak: bool) -> ObjId {
         let id = self.objs.len() as ObjId;
         self.objs.push(Obj {
             addr,
             ty,
             count: 1,
             via: Via::Root(name.to_owned()),
-            weak: false,
+            weak,
             chunk: None,
             dead: false,
             unexplained: 0,
             root: true,
         });
-        self.follow(id, bytes, 0, false);
+        self.follow(id, bytes, 0, weak);
         id
     }
 

@@ -82,9 +82,9 @@ fn everything_is_carried() {
         |old: u64| p.objects.iter().find(|o| o.old_addr == old).unwrap_or_else(|| panic!("{old:#x}")).addr;
     let at = |a: u64| m.u64(Addr(a)).unwrap();
 
-    // Three nodes and the flexible one outgrew their chunks; `small` did not.
+    // Three nodes, the array and the flexible one outgrew their chunks; `small` did not.
     let stats = p.stats.as_ref().unwrap();
-    assert_eq!((stats.moved, stats.relaid), (4, 5), "{:#?}", p.objects);
+    assert_eq!((stats.moved, stats.relaid), (5, 6), "{:#?}", p.objects);
     let nodes: Vec<(u64, u64)> = x.t.tagged("N").iter().map(|w| (hex(&w[0]), hex(&w[1]))).collect();
     for (i, (old, name)) in nodes.iter().enumerate() {
         let n = new_of(*old);
@@ -115,6 +115,15 @@ fn everything_is_carried() {
     for (i, n) in nodes.iter().rev().enumerate() {
         assert_eq!(at(array + 8 * i as u64), new_of(n.0));
     }
+
+    let items = new_of(x.addr("items"));
+    assert_eq!(p.objects.iter().find(|o| o.addr == items).unwrap().count, 5);
+    for i in 0..5 {
+        assert_eq!((at(items + 24 * i), at(items + 24 * i + 8)), (i, 0));
+        let function = if i % 2 == 1 { "one" } else { "two" };
+        assert_eq!(link(reloc_at(&p, place::In::Addr(items + 24 * i + 16), 0)), x.symbol(function));
+    }
+    assert_eq!(word(&global(&p, "third").1.content, 0), items + 2 * 24);
 
     // Globals.
     assert_eq!(word(&global(&p, "counter").1.content, 0), 12345);
@@ -160,7 +169,7 @@ fn everything_is_carried() {
         at += (word(&r.content, at + 8) & !7) as usize;
     }
     assert_eq!(at + 32, r.content.len());
-    assert_eq!(p.retired.len(), 4);
+    assert_eq!(p.retired.len(), 5);
     let change =
         |n: &str| p.changes.iter().find(|c| c.type_name == n).unwrap_or_else(|| panic!("{:#?}", p.changes));
     assert_eq!(change("struct node").live_objects, 3);

@@ -32,7 +32,10 @@ fn redis_pair() {
     };
     let keys: usize = std::env::var("MCR_REDIS_KEYS").ok().and_then(|k| k.parse().ok()).unwrap_or(2000);
     let port = 17471;
-    let t = Target::start(Path::new(&old), &["--port", "17471", "--save", "", "--daemonize", "no"]);
+    let t = Target::start(
+        Path::new(&old),
+        &["--port", "17471", "--save", "", "--daemonize", "no", "--enable-debug-command", "yes"],
+    );
     let mut clients: Vec<TcpStream> = (0..20).map(|_| connect(port)).collect();
     let fill = format!("DEBUG POPULATE {keys}\r\n");
     for c in ["HSET h a 1 b 2\r\n", "LPUSH l a b c\r\n", "SADD s x y z\r\n", "ZADD z 1 a 2 b\r\n", &fill] {

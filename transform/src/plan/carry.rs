@@ -90,8 +90,10 @@ impl Words<'_> {
                     if code == "stack-reference" && self.fixer.is_stale_stack(v) {
                         continue;
                     }
-                    if code == "stack-reference" && self.native_sync && self.fixer.is_argument(v) {
-                        out.push((o, Fix::Native(8, "points at the arguments, of which the new version has its own")));
+                    if code == "stack-reference" && self.native_sync && (!typed || self.fixer.is_argument(v))
+                    {
+                        // argv and environment, mostly: the new version's start-up has its own.
+                        out.push((o, Fix::Native(8, "points at the old stack")));
                         continue;
                     }
                     let message = format!("the pointer {v:#x} cannot be carried: {why}");

@@ -35,6 +35,8 @@ pub(crate) struct Item<'a> {
     pub addr: u64,
     /// Which new elements continue which old ones.
     pub elements: &'a Elements,
+    /// It may be uninitialised: contradictions are worth a warning only.
+    pub weak: bool,
 }
 
 impl Carrier<'_> {
@@ -97,7 +99,7 @@ impl Carrier<'_> {
                 ty: p.old_ty,
                 bytes,
                 addr: item.addr + p.from,
-                weak: false,
+                weak: item.weak,
                 native_sync: true,
             };
             let mut fixes = Fixes::new();
@@ -160,7 +162,7 @@ impl Carrier<'_> {
                 ty: oe,
                 bytes: &item.bytes[..n as usize],
                 addr: item.addr,
-                weak: false,
+                weak: item.weak,
                 native_sync: true,
             };
             let mut fixes = Fixes::new();

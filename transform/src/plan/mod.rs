@@ -13,6 +13,7 @@ mod words;
 
 use crate::heap::GlibcHeap;
 use crate::layout::Layouts;
+use crate::reach::Reach;
 use crate::relayout::Relayout;
 use crate::resolve::Resolver;
 use crate::space::Space;
@@ -137,7 +138,8 @@ pub(crate) fn plan_with_findings(
     if let Some(start) = region_start {
         objects::rebase(&mut convs, start);
     }
-    untyped::report(&mut w, &tracer, &convs);
+    let reach = Reach::new(old.memory, old.process, &space);
+    untyped::report(&mut w, &tracer, &convs, &reach);
     w.phase("layout", t);
 
     let t = Instant::now();
@@ -157,7 +159,7 @@ pub(crate) fn plan_with_findings(
     w.phase("pointers", t);
 
     let t = Instant::now();
-    let rest = words::opaque(&mut w, &fixer, &tracer, &done);
+    let rest = words::opaque(&mut w, &fixer, &tracer, &done, &reach);
     words::epoll(&mut w, &fixer);
     w.phase("scan", t);
 

@@ -68,7 +68,7 @@ fn globals<'a>(w: &mut Work<'a>, resolver: &Resolver<'a>, tracer: &mut Tracer<'_
         if is_copy(initial.as_ref()) {
             continue; // libc's, not the program's
         }
-        tracer.root(addr, v.ty, &v.display(), &bytes);
+        tracer.root(addr, v.ty, &v.display(), &bytes, false);
         if let (Some(name), Some(p)) = (w.rules.variable_slot_type(&v.name), crate::trace::word_at(&bytes, 0))
             && let SlotKind::Pointer(to) = tracer.layouts.pointer(TypeId::VOID, Some(name))
         {
@@ -153,7 +153,7 @@ fn thread_locals<'a>(
             let Some(block) = tls_block(w.old.memory, Addr(t.fs_base), exe) else { continue };
             let addr = block.0 + offset;
             let Some(bytes) = read(w.old.memory, addr, v.size) else { continue };
-            tracer.root(addr, v.ty, &format!("{} of thread {}", v.display(), t.tid), &bytes);
+            tracer.root(addr, v.ty, &format!("{} of thread {}", v.display(), t.tid), &bytes, false);
             if !changed(initial.as_ref(), &bytes) {
                 continue;
             }
@@ -209,7 +209,7 @@ fn locals(w: &mut Work<'_>, tracer: &mut Tracer<'_>, out: &mut Roots<'_>) {
                     _ => 0,
                 };
                 let path = format!("{}::{} of thread {}", function.name, local.name, t.tid);
-                tracer.root(addr, local.ty, &path, &bytes);
+                tracer.root(addr, local.ty, &path, &bytes, true);
                 let var = LocalVar {
                     tid: t.tid,
                     frame: i as u32,
@@ -263,6 +263,7 @@ pub(super) fn carry(w: &mut Work<'_>, fixer: &Fixer<'_>, layouts: &Layouts<'_>, 
             initial: p.initial.as_deref(),
             addr: p.addr,
             elements: &elements,
+            weak: false,
         };
         let done = carrier.carry(&item, &mut w.findings, &mut syncs);
         hidden(w, fixer, &name, &p.bytes, p.addr);
@@ -294,6 +295,7 @@ pub(super) fn carry(w: &mut Work<'_>, fixer: &Fixer<'_>, layouts: &Layouts<'_>, 
                 initial: None,
                 addr: p.addr,
                 elements: &Elements::Same,
+                weak: false,
             },
             &mut w.findings,
             &mut syncs,
@@ -327,6 +329,7 @@ pub(super) fn carry(w: &mut Work<'_>, fixer: &Fixer<'_>, layouts: &Layouts<'_>, 
             initial: None,
             addr: v.addr,
             elements: &Elements::Same,
+            weak: true,
         };
         let Carried { content, native, fixes } = carrier.carry(&item, &mut w.findings, &mut syncs);
         let index = w.patch.locals.len() as u32;

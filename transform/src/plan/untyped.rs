@@ -3,18 +3,19 @@
 use super::Work;
 use super::objects::Convs;
 use crate::layout::{SlotKind, record_name};
+use crate::reach::Reach;
 use crate::space::Spot;
 use crate::trace::Tracer;
 use crate::types::{RecordKind, Type, TypeId};
 use std::collections::HashMap;
 
 /// Adds a refusal for each of them: silence is never compatible.
-pub(super) fn report(w: &mut Work<'_>, tracer: &Tracer<'_>, convs: &Convs) {
+pub(super) fn report(w: &mut Work<'_>, tracer: &Tracer<'_>, convs: &Convs, reach: &Reach<'_>) {
     let changed: Vec<(TypeId, u64)> = changed_records(w, tracer);
     let is_changed = |ty: TypeId| changed.iter().any(|c| tracer.layouts.same(c.0, ty));
     for c in &tracer.conflicts {
         let kept = &tracer.objs[c.kept as usize];
-        if !is_changed(kept.ty) && !is_changed(c.claimed) {
+        if (!is_changed(kept.ty) && !is_changed(c.claimed)) || !reach.is_live(c.addr) {
             continue;
         }
         w.findings.refuse(
@@ -33,7 +34,7 @@ pub(super) fn report(w: &mut Work<'_>, tracer: &Tracer<'_>, convs: &Convs) {
         );
     }
     for s in &tracer.too_small {
-        if !is_changed(s.ty) {
+        if !is_changed(s.ty) || !reach.is_live(s.addr) {
             continue;
         }
         w.findings.refuse(
@@ -50,7 +51,7 @@ pub(super) fn report(w: &mut Work<'_>, tracer: &Tracer<'_>, convs: &Convs) {
             s.addr,
         );
     }
-    candidates(w, tracer, convs, &changed);
+    candidates(w, tracer, convs, &changed, reach);
 }
 
 /// Structs whose layout differs, with their size.
@@ -66,7 +67,13 @@ fn changed_records(w: &Work<'_>, tracer: &Tracer<'_>) -> Vec<(TypeId, u64)> {
 }
 
 /// Opaque blocks of the right size whose contents can be nothing but such a struct.
-fn candidates(w: &mut Work<'_>, tracer: &Tracer<'_>, convs: &Convs, changed: &[(TypeId, u64)]) {
+fn candidates(
+    w: &mut Work<'_>,
+    tracer: &Tracer<'_>,
+    convs: &Convs,
+    changed: &[(TypeId, u64)],
+    reach: &Reach<'_>,
+) {
     let mut by_usable: HashMap<u64, Vec<TypeId>> = HashMap::new();
     for &(ty, size) in changed {
         let usable = (size + 8).next_multiple_of(16).max(0x20) - 8;
@@ -80,7 +87,8 @@ fn candidates(w: &mut Work<'_>, tracer: &Tracer<'_>, convs: &Convs, changed: &[(
         }
         let Some(bytes) = super::read(w.old.memory, c.addr.0, c.usable) else { continue };
         for &ty in types {
-            if tracer.fits(ty, &bytes, true) && distinctive(w, tracer, ty, &bytes) {
+            if tracer.fits(ty, &bytes, true) && distinctive(w, tracer, ty, &bytes) && reach.is_live(c.addr.0)
+            {
                 let name = tracer.type_name(ty);
                 w.findings.refuse(
                     "untyped-object",

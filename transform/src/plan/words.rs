@@ -8,6 +8,7 @@ use super::{Work, read};
 use crate::carry_fix::place_fixes;
 use crate::layout::SlotKind;
 use crate::patch::PatchedMemory;
+use crate::reach::Reach;
 use crate::scan::{Wanted, scan};
 use crate::space::{Space, Spot};
 use crate::trace::Tracer;
@@ -107,7 +108,13 @@ pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<
 }
 
 /// Everything that no type explains, word by word.
-pub(super) fn opaque(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>, typed: &Typed) -> Typed {
+pub(super) fn opaque(
+    w: &mut Work<'_>,
+    fixer: &Fixer<'_>,
+    tracer: &Tracer<'_>,
+    typed: &Typed,
+    reach: &Reach<'_>,
+) -> Typed {
     let space = fixer.space;
     let mut places: Vec<Range<u64>> = space.retained.clone();
     places.extend(space.heap.segments.iter().map(|s| s.start.0..s.end.0));
@@ -149,6 +156,7 @@ pub(super) fn opaque(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>, t
                 Fix::Value(n)
             }
             NewWord::Reloc(target, symbol) => Fix::Reloc { target, symbol, conservative: true },
+            NewWord::Lost(code, _) if code == "I7-interior" && !reach.is_live(at) => continue,
             NewWord::Lost(code, why) => {
                 let message = format!("the word {v:#x}, which may be a pointer, cannot be carried: {why}");
                 opaque_lost(&mut w.findings, code, message, whereabouts(tracer, at), at);
@@ -158,7 +166,7 @@ pub(super) fn opaque(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>, t
         out.put(w, fixer, at, fix);
     }
     for (at, v) in hits.unaligned {
-        if !lives(space, at) || !lives(space, at + 7) || is_text(w, at) {
+        if !lives(space, at) || !lives(space, at + 7) || is_text(w, at) || !reach.is_live(at) {
             continue;
         }
         // Packed structs (struct epoll_event is one) hold pointers at multiples of four, and eight bytes that
@@ -168,7 +176,9 @@ pub(super) fn opaque(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>, t
             Some(new) => {
                 w.findings.info(
                     "packed-pointer",
-                    format!("the bytes at {at:#x} hold the address of an object that moves ({v:#x}, now {new:#x})"),
+                    format!(
+                        "the bytes at {at:#x} hold the address of an object that moves ({v:#x}, now {new:#x})"
+                    ),
                     whereabouts(tracer, at),
                     "check that it is a pointer",
                     at,

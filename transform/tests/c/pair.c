@@ -40,6 +40,8 @@ struct small {                  // 16 bytes; 24 in V2: in place
 
 struct steady { struct node *node; const char *text; int *id_of; };
 
+struct item { long a; NEW(long pad;) void (*fn)(int); };     // an array of them
+
 struct flex { int n; NEW(long pad;) char data[]; };
 
 struct command { const char *name; void (*run)(int); int calls; };
@@ -73,6 +75,7 @@ static KEEP pthread_t me;
 static KEEP pid_t my_pid;
 static KEEP struct node inline_node;
 static KEEP struct node *to_inline;
+static KEEP struct item *items, *third;
 
 int main(int argc, char **argv) {
 	const char *mode = argc > 1 ? argv[1] : "";
@@ -130,6 +133,10 @@ int main(int argc, char **argv) {
 		((void **)opaque)[5] = n;
 	}
 	if (!strcmp(mode, "short")) small->node = malloc(24);
+	items = calloc(5, sizeof *items);
+	for (int i = 0; i < 5; i++) { items[i].a = i; items[i].fn = i % 2 ? one : two; }
+	third = &items[2];
+	printf("A items %lx\n", (unsigned long)items);
 	printf("T %ld %lx\n", syscall(SYS_gettid), (unsigned long)pthread_self());
 	for (struct node *n = list; n; n = n->next) printf("N %lx %lx\n", (unsigned long)n, (unsigned long)n->name);
 	printf("A small %lx\nA steady %lx\nA flex %lx\nA opaque %lx\nA array %lx\n", (unsigned long)small, (unsigned long)steady, (unsigned long)flex, (unsigned long)opaque, (unsigned long)array);
