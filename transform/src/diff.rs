@@ -1,7 +1,7 @@
 //! The layout diff, as the plan sees it.
 
 use crate::relayout::{Converted, Problem, Relayout};
-use crate::types::{LayoutDiff, RecordKind, Type, TypeDiff, TypeId, TypeModel};
+use crate::types::{LayoutDiff, RecordKind, Type, TypeDiff, TypeId, TypeModel, Variable};
 use mcr_image::proto;
 use mcr_plugin::Rules;
 
@@ -15,6 +15,24 @@ pub(crate) fn with<T>(
     let diff = LayoutDiff::new(old, new, rules);
     let changes = diff.changes().iter().map(record).collect();
     f(&Diff { diff }, changes)
+}
+
+/// Rules about things that neither program has, as findings that refuse.
+pub(crate) fn rule_mistakes(old: &TypeModel, new: &TypeModel, rules: &Rules) -> Vec<proto::Finding> {
+    if rules.is_empty() {
+        return Vec::new();
+    }
+    let found = LayoutDiff::new(old, new, rules).rule_mistakes().into_iter();
+    found
+        .map(|m| proto::Finding {
+            severity: proto::Severity::Refusal.into(),
+            code: "rule-about-nothing".into(),
+            message: m.message,
+            next_step: "correct the name, or take the rule out; `mcr types` shows the names of both versions"
+                .into(),
+            ..Default::default()
+        })
+        .collect()
 }
 
 struct Diff<'m> {
@@ -44,14 +62,11 @@ impl Relayout for Diff<'_> {
             message: format!("{name}.{} is not in the new version; its value is dropped", d.path),
             next_step: format!("if it was renamed: [rename.fields] \"{name}.{}\" = \"…\"", d.path),
         });
-        let told = done.problems.iter().map(|p| Problem {
-            code: p.code,
-            refusal: p.refusal,
-            message: p.message.clone(),
-            next_step: p.next_step.clone(),
-        });
-        let problems = told.chain(dropped).collect();
-        Converted { bytes: done.bytes, fresh, problems }
+        let dropped: Vec<Problem> = dropped.collect();
+        let mut out = plain(done);
+        out.fresh = fresh;
+        out.problems.extend(dropped);
+        out
     }
     fn map_offset(&self, old: TypeId, new: TypeId, offset: u64, want: Option<TypeId>) -> Option<u64> {
         if !self.changed(old, new) {
@@ -71,10 +86,27 @@ impl Relayout for Diff<'_> {
             _ => None,
         }
     }
+    fn global_rule(&self, old: &Variable, new: &Variable, bytes: &[u8]) -> Option<Converted> {
+        self.diff.has_global_rule(new).then(|| plain(self.diff.convert_global(old, new, bytes)))
+    }
+    fn global_default(&self, new: &Variable) -> Option<Converted> {
+        self.diff.default_global(new).map(plain)
+    }
     fn leaf_new(&self, old: TypeId, new: TypeId, offset: u64) -> Option<u64> {
         let at = self.map_offset(old, new, offset, None)?;
         scalar_at(self.diff.new_model(), new, at)
     }
+}
+
+/// Bytes and problems as the plan knows them.
+fn plain(done: crate::types::Converted) -> Converted {
+    let told = done.problems.into_iter().map(|p| Problem {
+        code: p.code,
+        refusal: p.refusal,
+        message: p.message,
+        next_step: p.next_step,
+    });
+    Converted { bytes: done.bytes, fresh: Vec::new(), problems: told.collect() }
 }
 
 /// The flexible tail of a record: a last member that is an array of 0, 1 or no stated elements.

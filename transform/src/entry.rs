@@ -118,6 +118,7 @@ pub fn plan_process(
     let mut patch = diff::with(&old_types, &new_types, &options.rules, |rl, changes| {
         plan_with_findings(&old, &target, &options.rules, rl, changes)
     })?;
+    patch.findings.extend(diff::rule_mistakes(&old_types, &new_types, &options.rules));
     let stats = patch.stats.get_or_insert_default();
     for p in &mut stats.phases {
         p.start_us += read_us;

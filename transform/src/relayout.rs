@@ -1,6 +1,6 @@
 //! Bytes of an old type in the layout of the new one.
 
-use crate::types::TypeId;
+use crate::types::{TypeId, Variable};
 use std::ops::Range;
 
 /// Bytes in the new layout.
@@ -40,4 +40,8 @@ pub(crate) trait Relayout {
     fn element_new(&self, new: TypeId) -> Option<TypeId>;
     /// Size in the new version of the scalar that the old type has at `offset`.
     fn leaf_new(&self, old: TypeId, new: TypeId, offset: u64) -> Option<u64>;
+    /// The value of a matched global that a rule in `[values]` computes.
+    fn global_rule(&self, old: &Variable, new: &Variable, bytes: &[u8]) -> Option<Converted>;
+    /// The value of a global that only new has, from a rule in `[defaults]`.
+    fn global_default(&self, new: &Variable) -> Option<Converted>;
 }

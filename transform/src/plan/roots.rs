@@ -6,6 +6,7 @@ use super::globals::{Carried, Carrier, Item, changed, is_copy};
 use super::{Work, read};
 use crate::carry_fix::place_fixes;
 use crate::layout::{Layouts, SlotKind};
+use crate::relayout::Converted;
 use crate::resolve::{Elements, Resolver};
 use crate::trace::Tracer;
 use crate::types::{LocalPlace, Type, TypeId, VarPlace, Variable};
@@ -13,6 +14,7 @@ use mcr_image::elf::{Initial, SectionKind};
 use mcr_image::proto::place;
 use mcr_image::{Addr, LinkAddr, Regs, proto, tls_block, unwind};
 use mcr_plugin::Keep;
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// A variable of old whose value goes to new.
@@ -242,6 +244,10 @@ pub(super) fn carry(w: &mut Work<'_>, fixer: &Fixer<'_>, layouts: &Layouts<'_>, 
     let carrier = Carrier { fixer, layouts, rl: w.rl };
     let mut syncs = Vec::new();
     for p in &roots.globals {
+        if let Some(done) = w.rl.global_rule(p.old, p.new, &p.bytes) {
+            by_rule(w, p.new, p.addr, done);
+            continue;
+        }
         let elements = fixer.resolver.elements(p.old, p.new);
         let name = p.old.display();
         if let Elements::Unknown(why) = &*elements {
@@ -268,20 +274,26 @@ pub(super) fn carry(w: &mut Work<'_>, fixer: &Fixer<'_>, layouts: &Layouts<'_>, 
         let done = carrier.carry(&item, &mut w.findings, &mut syncs);
         hidden(w, fixer, &name, &p.bytes, p.addr);
         let index = w.patch.globals.len() as u32;
-        let content = rule_value(w, p, done.content.len()).unwrap_or_else(|| done.content.clone());
         w.patch.globals.push(proto::GlobalValue {
             name: p.new.name.to_string(),
             unit: p.new.unit.to_string(),
             function: p.new.function.as_deref().unwrap_or_default().to_owned(),
             new_link_addr: p.new.place.link().unwrap_or_default().0,
             size: p.new.size,
-            content,
+            content: done.content,
             keep_native: done.native,
             old_addr: p.addr,
             type_name: w.new.types.display(p.new.ty),
         });
         w.stats().globals_carried += 1;
         place_fixes(&mut w.patch, done.fixes, &|at| (place::In::Global(index), at));
+    }
+    let matched: HashSet<_> = roots.globals.iter().map(|p| p.new.place).collect();
+    let new_types = w.new.types;
+    for v in new_types.globals().iter().filter(|v| v.place.link().is_some() && !matched.contains(&v.place)) {
+        if let Some(done) = w.rl.global_default(v) {
+            by_rule(w, v, 0, done);
+        }
     }
     for p in &roots.tls {
         let name = format!("{} of thread {}", p.old.display(), p.tid);
@@ -364,13 +376,22 @@ fn hidden(w: &mut Work<'_>, fixer: &Fixer<'_>, name: &str, bytes: &[u8], addr: u
     }
 }
 
-/// `[values]` for a whole global of integer type.
-fn rule_value(w: &Work<'_>, p: &Pair<'_>, size: usize) -> Option<Vec<u8>> {
-    let e = w.rules.global_value(&p.new.name)?;
-    let mut raw = [0; 16];
-    let n = p.bytes.len().min(8);
-    raw[..n].copy_from_slice(&p.bytes[..n]);
-    let old = i128::from_le_bytes(raw);
-    let v = e.eval(&mut |path| (path.root == "old" && path.steps.is_empty()).then_some(old)).ok()?;
-    Some(v.to_le_bytes()[..size.min(16)].to_vec())
+/// A global whose value a rule gives.
+fn by_rule(w: &mut Work<'_>, new: &Variable, old_addr: u64, done: Converted) {
+    for p in done.problems {
+        let severity = if p.refusal { proto::Severity::Refusal } else { proto::Severity::Info };
+        w.findings.add(severity, p.code, p.message, new.display(), &p.next_step, old_addr);
+    }
+    w.patch.globals.push(proto::GlobalValue {
+        name: new.name.to_string(),
+        unit: new.unit.to_string(),
+        function: new.function.as_deref().unwrap_or_default().to_owned(),
+        new_link_addr: new.place.link().unwrap_or_default().0,
+        size: done.bytes.len() as u64,
+        content: done.bytes,
+        keep_native: Vec::new(),
+        old_addr,
+        type_name: w.new.types.display(new.ty),
+    });
+    w.stats().globals_carried += 1;
 }

@@ -130,6 +130,12 @@ impl LayoutDiff<'_> {
         run.out
     }
 
+    /// Whether a rule in `[values]` computes this whole variable.
+    #[must_use]
+    pub fn has_global_rule(&self, new: &Variable) -> bool {
+        self.rules.global_value(&new.display()).or_else(|| self.rules.global_value(&new.name)).is_some()
+    }
+
     /// Converts a global's value; a rule in `[values]` for the whole variable wins.
     #[must_use]
     pub fn convert_global(&self, old: &Variable, new: &Variable, bytes: &[u8]) -> Converted {

@@ -16,6 +16,7 @@ mod pairing;
 pub mod print;
 mod read;
 mod report;
+mod rule_names;
 mod sections;
 mod slots;
 
@@ -30,6 +31,7 @@ pub use model::{
     TypeId, TypeModel, VarPlace, Variable,
 };
 pub use report::{Compared, GlobalChange, GlobalRow, NeedsRule, TypesReport};
+pub use rule_names::RuleMistake;
 pub use slots::{MAX_SLOTS, Slot, SlotKind};
 
 #[cfg(test)]

@@ -374,3 +374,46 @@ fn serde_json_roundtrip(r: &mcr_transform::types::TypesReport) {
     let v = serde_json::to_value(r).unwrap();
     assert!(v["compared"]["types"].as_u64().unwrap() > 0 && v["types"].as_array().unwrap().is_empty());
 }
+
+#[test]
+fn globals_by_rule_and_rules_about_nothing() {
+    let p = pair(
+        "int v = -3; int gone; struct s { int timeout; struct { int soft; } lim; } s; static int f(void) { return gone; } int (*fp)(void) = f;",
+        "long v; unsigned char tiny; struct s { int timeout_ms; struct { int soft; } lim; } s; static int f(void) { return tiny; } int (*fp)(void) = f;",
+        r#"
+[rename.globals]
+gone = "tinny"
+[rename.fields]
+"struct s.timeut" = "x"
+"struct s.lim.soft" = "lim.soft"
+[rename.types]
+"struct nope" = "struct s"
+[values]
+v = "old * 1000"
+"struct s.timeout_ms" = "old.timeout * 1000"
+[defaults]
+tiny = 200
+[keep]
+nothing = "new"
+"#,
+    );
+    let d = p.diff();
+    let (o, n) = (p.old.global("v").unwrap(), p.new.global("v").unwrap());
+    assert!(d.has_global_rule(n));
+    let c = d.convert_global(o, n, &p.bytes);
+    assert_eq!((i64::from_le_bytes(c.bytes.try_into().unwrap()), c.problems.len()), (-3000, 0));
+    assert_eq!(d.default_global(p.new.global("tiny").unwrap()).unwrap().bytes, [200]);
+    let said: Vec<String> = d.rule_mistakes().into_iter().map(|m| m.message).collect();
+    assert_eq!(said.len(), 4, "{said:#?}");
+    for (i, parts) in [
+        &["line 3", "new version", "global `tinny`", "`tiny`"][..],
+        &["line 5", "member `timeut` in `struct s`", "`timeout`"],
+        &["line 8", "type `struct nope`"],
+        &["line 15", "`nothing`"],
+    ]
+    .iter()
+    .enumerate()
+    {
+        assert!(parts.iter().all(|p| said[i].contains(p)), "{:?} {}", parts, said[i]);
+    }
+}
