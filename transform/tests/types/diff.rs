@@ -5,6 +5,9 @@ use mcr_plugin::Rules;
 use mcr_transform::types::{ChangeKind, Converted, LayoutDiff, SlotKind, TypeId, TypeModel};
 use std::path::Path;
 
+/// Type, offset, bits of a member.
+type Found = (TypeId, u64, Option<(u64, u64)>);
+
 /// Two versions and the bytes of old's variable `v`.
 struct Pair {
     _w: Workshop,
@@ -64,7 +67,7 @@ impl Pair {
                 .sum(),
         }
     }
-    fn member(&self, ty: TypeId, name: &str) -> Option<(TypeId, u64, Option<(u64, u64)>)> {
+    fn member(&self, ty: TypeId, name: &str) -> Option<Found> {
         self.new.record(ty)?.members.iter().find_map(|m| match m.name.as_deref() {
             Some(n) if n == name => Some((m.ty, m.offset, m.bits.map(|b| (b.start, u64::from(b.width))))),
             None => self.member(m.ty, name).map(|(t, o, b)| (t, o + m.offset, b)),
