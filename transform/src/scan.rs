@@ -167,4 +167,27 @@ mod tests {
         assert_eq!(hits.unaligned[0], (0x10203, 0x5555_0000_1008));
         assert_eq!(hits.bytes, 9 << 20);
     }
+
+    #[test]
+    #[ignore = "prints a speed"]
+    #[allow(clippy::single_range_in_vec_init)]
+    fn speed() {
+        let m = Flat(0x10000, vec![0x55; 512 << 20]);
+        let wanted = Wanted {
+            ranges: vec![0x5555_0000_1000..0x5555_0020_0000, 0x5555_0100_0000..0x5555_0200_0000],
+            aligned: &|_| true,
+            hidden: 0..0,
+            unaligned: &|_| true,
+        };
+        for hidden in [0..0, 0x5555_0100_0000..0x5555_0200_0000] {
+            let t = std::time::Instant::now();
+            let hits = scan(
+                &m,
+                &[0x10000..0x10000 + (512 << 20)],
+                &Wanted { hidden: hidden.clone(), ranges: wanted.ranges.clone(), ..wanted },
+            );
+            let s = t.elapsed().as_secs_f64();
+            eprintln!("hidden {}: {:.2} GiB/s, {} hits", !hidden.is_empty(), 0.5 / s, hits.aligned.len());
+        }
+    }
 }

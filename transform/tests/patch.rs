@@ -236,3 +236,44 @@ fn an_object_that_no_type_reaches() {
 fn an_object_shorter_than_its_type() {
     expect("short", "object-too-small", 5);
 }
+
+#[test]
+fn a_rule_names_the_type_behind_a_void_pointer() {
+    let x = pair("any");
+    let r = x.refused("");
+    assert!(r.reasons.iter().all(|f| f.code == "untyped-object"), "{r}");
+    let p = x.run("[types]\nany = \"struct node\"\n").unwrap_or_else(|e| panic!("{e}"));
+    let at = word(&global(&p, "any").1.content, 0);
+    let m = PatchedMemory::new(&x.t, &p);
+    assert_eq!(m.u32(Addr(at + 8)).unwrap(), 55);
+    assert_eq!(link(reloc_at(&p, place::In::Addr(at + 32), 0)), x.symbol("one"));
+}
+
+#[test]
+fn a_leaked_object_does_not_stand_in_the_way() {
+    pair("dead").run("").unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
+fn a_changed_table_whose_elements_cannot_be_told_apart() {
+    let r = expect("twins", "table-order", 5);
+    assert!(r.reasons[0].next_step.contains("[keep]"), "{r}");
+    pair("twins").run("[keep]\ntwins = \"new\"\n").unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
+fn an_object_with_more_behind_it() {
+    expect("tail", "unknown-tail", 5);
+}
+
+#[test]
+fn an_object_in_the_programs_own_mapping() {
+    expect("mapping", "I7-cannot-move", 1);
+}
+
+#[test]
+fn a_reference_to_a_member_that_is_gone() {
+    expect("gone", "I7-opaque-reference", 1);
+    let r = expect("gone-typed", "I7-interior", 1);
+    assert_eq!(r.reasons[0].path, "steady.id_of");
+}

@@ -98,7 +98,7 @@ impl Words<'_> {
                     }
                     let message = format!("the pointer {v:#x} cannot be carried: {why}");
                     let next = "make it reachable for the new version by the name it gives, or set it to NULL before the update";
-                    if typed && !self.weak {
+                    if (typed || code == "I7-interior") && !self.weak {
                         findings.refuse(code, message, at(o), next, self.addr + o);
                     } else {
                         findings.warn("opaque-reference", message, at(o), next, self.addr + o);

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -25,6 +26,7 @@ enum kind { NEW(KIND_NONE,) KIND_A, KIND_B, KIND_C };
 struct node {                   // 40 bytes fill their chunk; 56 in V2: moves
 	struct node *next;
 	int id;
+	V(int gone;,)
 	NEW(long extra;)
 	char *name;
 	void (*fn)(int);
@@ -76,6 +78,9 @@ static KEEP pid_t my_pid;
 static KEEP struct node inline_node;
 static KEEP struct node *to_inline;
 static KEEP struct item *items, *third;
+static KEEP void *any;
+static KEEP struct command twins[] = { NEW({ "NEW", three, 0 },) { "X", one, 0 }, { "X", two, 0 } };
+static KEEP struct node *apart;
 
 int main(int argc, char **argv) {
 	const char *mode = argc > 1 ? argv[1] : "";
@@ -131,6 +136,22 @@ int main(int argc, char **argv) {
 		n->name = "x";
 		n->fn = one;
 		((void **)opaque)[5] = n;
+	}
+	if (!strcmp(mode, "any")) {
+		struct node *n = any = calloc(1, sizeof *n);
+		n->id = 55;
+		n->fn = one;
+		n->next = list;
+	}
+	if (!strcmp(mode, "twins")) twins[V(0, 1)].calls = 1;
+	if (!strcmp(mode, "tail")) apart = memset(malloc(200), 0x41, 200);
+	if (!strcmp(mode, "mapping")) apart = (struct node *)((char *)mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) + 64);
+	if (!strcmp(mode, "gone")) ((void **)opaque)[4] = (char *)list + offsetof(struct node, id) + 4;
+	if (!strcmp(mode, "gone-typed")) steady->id_of = (int *)((char *)list + offsetof(struct node, id) + 4);
+	if (!strcmp(mode, "dead")) {
+		struct node *n = calloc(1, sizeof *n);
+		n->fn = one;
+		n->name = "nobody refers to this";
 	}
 	if (!strcmp(mode, "short")) small->node = malloc(24);
 	items = calloc(5, sizeof *items);
