@@ -470,7 +470,8 @@ impl Frozen {
                 r => r,
             });
         }
-        for mut t in self.threads.drain(..) {
+        // The leader last: should the process be dying, its exit is reported after all others'.
+        for mut t in self.threads.drain(..).rev() {
             first = first.and(t.detach_now());
         }
         first

@@ -23,7 +23,7 @@ const MANY: &str = r#"
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
-static volatile int stop, bad; static int p[2], ep;
+static volatile int stop, bad, eintr; static int p[2], ep;
 static pthread_mutex_t m = PTHREAD_MUTEX_INITIALIZER; static pthread_cond_t c = PTHREAD_COND_INITIALIZER;
 static long ns(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000L + t.tv_nsec; }
 static void *reader(void *a) { char b[8]; ssize_t r = read(p[0], b, 8); if (r != 1) { bad = 1; printf("read %zd %s\n", r, strerror(errno)); } return 0; }
@@ -32,7 +32,7 @@ static void *sleeper(void *a) { while (!stop) { long t = ns(); struct timespec d
 static void *poller(void *a) { struct pollfd f = { p[0], POLLPRI, 0 }; while (!stop) { long t = ns();
     int r = poll(&f, 1, 15); if (r) { bad = 4; printf("poll %d %d\n", r, errno); } if (ns() - t < 14900000) bad = 5; } return 0; }
 static void *waiter(void *a) { pthread_mutex_lock(&m); while (!stop) pthread_cond_wait(&c, &m); pthread_mutex_unlock(&m); return 0; }
-static void *epoller(void *a) { struct epoll_event e; int r = epoll_wait(ep, &e, 1, -1);
+static void *epoller(void *a) { struct epoll_event e; int r; while ((r = epoll_wait(ep, &e, 1, -1)) < 0 && errno == EINTR) eintr++;
     if (r != 1 || e.data.u64 != 0xabcdef0102030405) { bad = 6; printf("epoll %d %s\n", r, strerror(errno)); } return 0; }
 static void *nothing(void *a) { return a; }
 static void *maker(void *a) { while (!stop) { pthread_t t; if (pthread_create(&t, 0, nothing, 0)) bad = 7; else pthread_join(t, 0); } return 0; }
@@ -48,7 +48,7 @@ int main(int argc, char **argv) {
     pthread_mutex_lock(&m); stop = 1; pthread_cond_broadcast(&c); pthread_mutex_unlock(&m);
     write(p[1], "x", 1); write(q[1], "x", 1);
     for (int i = 0; i < 7; i++) pthread_join(t[i], 0);
-    printf("bad %d\n", bad); return bad;
+    printf("bad %d eintr %d\n", bad, eintr); return bad;
 }
 "#;
 
@@ -64,7 +64,7 @@ fn blocked_and_busy_threads_do_not_notice() {
         f.thaw().unwrap();
     }
     let out = p.finish_ok();
-    assert_eq!(out.trim(), "bad 0");
+    assert_eq!(out.trim(), "bad 0 eintr 0");
 }
 
 #[test]
@@ -98,7 +98,9 @@ fn a_killed_engine_leaves_the_server_running() {
         unsafe { libc::waitpid(engine, &mut status, 0) };
     }
     let out = p.finish_ok();
-    assert_eq!(out.trim(), "bad 0");
+    // An engine that dies between the interruption and its first look at the registers leaves the EINTR that
+    // epoll_wait gives on any stop, as SIGSTOP and SIGCONT do (signal(7)).
+    assert!(out.trim().starts_with("bad 0 "), "{out}");
 }
 
 const QUIET: &str = r#"
@@ -142,9 +144,7 @@ fn a_spinning_thread_is_named_and_let_go() {
     let start = Instant::now();
     let e = loop {
         let mut f = seize(p.pid()).unwrap();
-        match f.quiesce(&QuiesceOptions {
-            timeout: Duration::from_millis(200),
-        }) {
+        match f.quiesce(&QuiesceOptions { timeout: Duration::from_millis(200) }) {
             // It had not read the line yet.
             Ok(_) => drop(f),
             Err(e) => break e,
@@ -153,10 +153,7 @@ fn a_spinning_thread_is_named_and_let_go() {
     };
     assert!(matches!(e, QuiesceError::Timeout { .. }));
     let text = e.to_string();
-    assert!(
-        text.contains("main") && text.contains("is running"),
-        "{text}"
-    );
+    assert!(text.contains("main") && text.contains("is running"), "{text}");
     let status = std::fs::read_to_string(format!("/proc/{}/status", p.pid())).unwrap();
     assert!(status.contains("TracerPid:\t0\n"), "{status}");
 }
@@ -164,26 +161,14 @@ fn a_spinning_thread_is_named_and_let_go() {
 #[test]
 fn bad_targets_are_refused_by_name() {
     assert!(matches!(seize(0), Err(FreezeError::NoProcess { .. })));
-    assert!(matches!(
-        seize(i32::MAX),
-        Err(FreezeError::NoProcess { .. })
-    ));
-    assert!(matches!(
-        seize(std::process::id() as i32),
-        Err(FreezeError::Ourselves { .. })
-    ));
+    assert!(matches!(seize(i32::MAX), Err(FreezeError::NoProcess { .. })));
+    assert!(matches!(seize(std::process::id() as i32), Err(FreezeError::Ourselves { .. })));
     if std::fs::read_to_string("/proc/2/comm").is_ok_and(|c| c.trim() == "kthreadd") {
         assert!(matches!(seize(2), Err(FreezeError::KernelThread { .. })));
     }
     let mut p = Program::start(QUIET);
-    let tid = mcr_criu_lite::tids(Pid(p.pid()))
-        .unwrap()
-        .into_iter()
-        .find(|t| t.0 != p.pid())
-        .unwrap();
-    assert!(
-        matches!(seize(tid.0), Err(FreezeError::NotAProcess { process, .. }) if process.0 == p.pid())
-    );
+    let tid = mcr_criu_lite::tids(Pid(p.pid())).unwrap().into_iter().find(|t| t.0 != p.pid()).unwrap();
+    assert!(matches!(seize(tid.0), Err(FreezeError::NotAProcess { process, .. }) if process.0 == p.pid()));
     let held = seize(p.pid()).unwrap();
     let again = seize(p.pid());
     assert!(
@@ -204,8 +189,29 @@ fn bad_targets_are_refused_by_name() {
     let start = Instant::now();
     while !matches!(
         seize(p.pid()),
-        Err(FreezeError::Zombie { .. } | FreezeError::LeaderExited { .. })
+        // Gone: it died in our hands, and we are its parent.
+        Err(FreezeError::Zombie { .. } | FreezeError::LeaderExited { .. } | FreezeError::NoProcess { .. })
     ) {
         assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_meanwhile_does_not_hang_the_engine() {
+    for round in 0..60u64 {
+        let p = Program::start(MANY);
+        let pid = p.pid();
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_micros(round * 53));
+            // SAFETY: our own child; it is reaped at the end of the round only.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        });
+        let start = Instant::now();
+        while let Ok(mut f) = seize(pid) {
+            let tid = f.threads()[0].tid();
+            drop(f.syscall(tid, libc::SYS_getpid, &[]));
+        }
+        assert!(start.elapsed() < Duration::from_secs(2));
+        killer.join().unwrap();
     }
 }

@@ -33,7 +33,7 @@ use inject::Session;
 use mcr_image::{Addr, MemoryError, Pid, Regs, Tid};
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How a tracee last stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -423,10 +423,17 @@ impl Tracee {
             return Ok(());
         }
         let r = self.try_detach();
+        let reaped = self.detached;
         self.detached = true;
         match r {
-            // It ended meanwhile: nobody to detach from.
-            Err(TraceError::Gone { .. } | TraceError::Died { .. }) => Ok(()),
+            // It ended meanwhile: nobody to detach from, but a dead tracee has to be reaped, or its process
+            // never ends.
+            Err(TraceError::Gone { .. } | TraceError::Died { .. }) => {
+                if !reaped {
+                    ptrace::reap(self.tid, Instant::now() + Duration::from_secs(2));
+                }
+                Ok(())
+            }
             r => r,
         }
     }

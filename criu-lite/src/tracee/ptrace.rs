@@ -5,7 +5,7 @@ use crate::sys::{Alarm, interrupted};
 use mcr_image::{Regs, Tid};
 use nix::errno::Errno;
 use std::cell::RefCell;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Size of the kernel's sigset_t.
 const SIGSET: usize = 8;
@@ -22,101 +22,49 @@ pub(super) fn request(
 ) -> Result<i64, TraceError> {
     // SAFETY: callers pass pointers to live buffers of the size that the request writes, or plain numbers.
     let r = unsafe { libc::ptrace(req, tid.0, addr, data) };
-    if r < 0 {
-        Err(TraceError::of(tid, name, Errno::last()))
-    } else {
-        Ok(r)
-    }
+    if r < 0 { Err(TraceError::of(tid, name, Errno::last())) } else { Ok(r) }
 }
 
 pub(super) fn get_regs(tid: Tid) -> Result<Regs, TraceError> {
     let mut w = [0u64; 27];
-    request(
-        tid,
-        "PTRACE_GETREGS",
-        libc::PTRACE_GETREGS,
-        0,
-        w.as_mut_ptr() as usize,
-    )?;
+    request(tid, "PTRACE_GETREGS", libc::PTRACE_GETREGS, 0, w.as_mut_ptr() as usize)?;
     Ok(Regs::from_words(&w).unwrap_or_default())
 }
 
 pub(super) fn set_regs(tid: Tid, regs: &Regs) -> Result<(), TraceError> {
     let w = regs.to_words();
-    request(
-        tid,
-        "PTRACE_SETREGS",
-        libc::PTRACE_SETREGS,
-        0,
-        w.as_ptr() as usize,
-    )?;
+    request(tid, "PTRACE_SETREGS", libc::PTRACE_SETREGS, 0, w.as_ptr() as usize)?;
     Ok(())
 }
 
 pub(super) fn get_xstate(tid: Tid) -> Result<Vec<u8>, TraceError> {
     let mut buf = vec![0u8; 16 * 1024];
-    let mut iov = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: buf.len(),
-    };
-    request(
-        tid,
-        "PTRACE_GETREGSET",
-        libc::PTRACE_GETREGSET,
-        NT_X86_XSTATE,
-        (&raw mut iov) as usize,
-    )?;
+    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    request(tid, "PTRACE_GETREGSET", libc::PTRACE_GETREGSET, NT_X86_XSTATE, (&raw mut iov) as usize)?;
     buf.truncate(iov.iov_len);
     Ok(buf)
 }
 
 pub(super) fn set_xstate(tid: Tid, state: &[u8]) -> Result<(), TraceError> {
-    let iov = libc::iovec {
-        iov_base: state.as_ptr().cast_mut().cast(),
-        iov_len: state.len(),
-    };
-    request(
-        tid,
-        "PTRACE_SETREGSET",
-        libc::PTRACE_SETREGSET,
-        NT_X86_XSTATE,
-        (&raw const iov) as usize,
-    )?;
+    let iov = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
+    request(tid, "PTRACE_SETREGSET", libc::PTRACE_SETREGSET, NT_X86_XSTATE, (&raw const iov) as usize)?;
     Ok(())
 }
 
 pub(super) fn get_sigmask(tid: Tid) -> Result<u64, TraceError> {
     let mut m = 0u64;
-    request(
-        tid,
-        "PTRACE_GETSIGMASK",
-        libc::PTRACE_GETSIGMASK,
-        SIGSET,
-        (&raw mut m) as usize,
-    )?;
+    request(tid, "PTRACE_GETSIGMASK", libc::PTRACE_GETSIGMASK, SIGSET, (&raw mut m) as usize)?;
     Ok(m)
 }
 
 pub(super) fn set_sigmask(tid: Tid, mask: u64) -> Result<(), TraceError> {
-    request(
-        tid,
-        "PTRACE_SETSIGMASK",
-        libc::PTRACE_SETSIGMASK,
-        SIGSET,
-        (&raw const mask) as usize,
-    )?;
+    request(tid, "PTRACE_SETSIGMASK", libc::PTRACE_SETSIGMASK, SIGSET, (&raw const mask) as usize)?;
     Ok(())
 }
 
 pub(super) fn get_siginfo(tid: Tid) -> Result<[u8; 128], TraceError> {
     let mut b = [0u8; 128];
-    request(
-        tid,
-        "PTRACE_GETSIGINFO",
-        libc::PTRACE_GETSIGINFO,
-        0,
-        b.as_mut_ptr() as usize,
-    )?;
+    request(tid, "PTRACE_GETSIGINFO", libc::PTRACE_GETSIGINFO, 0, b.as_mut_ptr() as usize)?;
     Ok(b)
 }
 
@@ -133,11 +81,7 @@ pub(super) fn peek_siginfo(tid: Tid, shared: bool) -> Result<Vec<[u8; 128]>, Tra
     let mut out = Vec::new();
     loop {
         let mut buf = [[0u8; 128]; 16];
-        let args = PeekArgs {
-            off: out.len() as u64,
-            flags: u32::from(shared),
-            nr: 16,
-        };
+        let args = PeekArgs { off: out.len() as u64, flags: u32::from(shared), nr: 16 };
         let n = request(
             tid,
             "PTRACE_PEEKSIGINFO",
@@ -169,13 +113,7 @@ pub(super) fn get_rseq(tid: Tid) -> Result<(u64, u32, u32, u32), TraceError> {
 /// What the tracee sits in: 0 none, 1 entry, 2 exit, 3 seccomp (PTRACE_GET_SYSCALL_INFO, Linux 5.3).
 pub(super) fn syscall_op(tid: Tid) -> Result<u8, TraceError> {
     let mut b = [0u8; 88];
-    request(
-        tid,
-        "PTRACE_GET_SYSCALL_INFO",
-        libc::PTRACE_GET_SYSCALL_INFO,
-        b.len(),
-        b.as_mut_ptr() as usize,
-    )?;
+    request(tid, "PTRACE_GET_SYSCALL_INFO", libc::PTRACE_GET_SYSCALL_INFO, b.len(), b.as_mut_ptr() as usize)?;
     Ok(b[0])
 }
 
@@ -194,13 +132,13 @@ pub(super) fn wait(tid: Tid, deadline: Option<Instant>) -> Result<i32, TraceErro
         std::thread::yield_now();
     }
     ALARM.with_borrow_mut(|slot| {
-        if let Some(d) = deadline {
-            if slot.is_none() {
-                *slot = Some(Alarm::new().map_err(|e| TraceError::of(tid, "timer_create", e))?);
-            }
-            if let Some(a) = slot {
-                a.arm(d.saturating_duration_since(Instant::now()));
-            }
+        if slot.is_none() {
+            *slot = Some(Alarm::new().map_err(|e| TraceError::of(tid, "timer_create", e))?);
+        }
+        let look = Instant::now() + LOOK_AFTER;
+        let first = deadline.map_or(look, |d| d.min(look));
+        if let Some(a) = slot {
+            a.arm(first.saturating_duration_since(Instant::now()));
         }
         let r = loop {
             match wait_once(tid, 0, &mut status) {
@@ -209,17 +147,44 @@ pub(super) fn wait(tid: Tid, deadline: Option<Instant>) -> Result<i32, TraceErro
                 Ok(None) if deadline.is_some_and(|d| Instant::now() >= d) => {
                     break Err(TraceError::Timeout { tid });
                 }
-                Ok(None) => {}
+                Ok(None) => reap_dead(tid),
                 Err(e) => break Err(e),
             }
         };
-        if deadline.is_some()
-            && let Some(a) = slot
-        {
+        if let Some(a) = slot {
             a.disarm();
         }
         r
     })
+}
+
+/// After so long a wait is looked at: the process may be dying.
+const LOOK_AFTER: Duration = Duration::from_millis(10);
+
+/// Reaps dead threads of the same process that we trace: the exit of a leader is not reported before all its
+/// traced threads are reaped. Whoever holds one of them finds it gone.
+fn reap_dead(tid: Tid) {
+    let Ok(dir) = std::fs::read_dir(format!("/proc/{tid}/task")) else { return };
+    for other in dir.filter_map(|e| e.ok()?.file_name().to_str()?.parse::<i32>().ok()) {
+        if other != tid.0 {
+            // SAFETY: all-zero is a valid siginfo_t, and it is live. Only exits are taken, no stops; only of
+            // children and tracees of ours.
+            unsafe {
+                let mut info: libc::siginfo_t = std::mem::zeroed();
+                let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+                libc::waitid(libc::P_PID, other as u32, &mut info, flags);
+            }
+        }
+    }
+}
+
+/// Waits for the end of a thread that is being killed.
+pub(super) fn reap(tid: Tid, deadline: Instant) {
+    while let Ok(status) = wait(tid, Some(deadline)) {
+        if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+            return;
+        }
+    }
 }
 
 /// `None`: nothing yet, or interrupted by a signal.
