@@ -16,6 +16,8 @@ const VOID: u32 = u32::MAX;
 const MAX_ROUNDS: usize = 200;
 /// By-value nesting (typedef, array, member) beyond this does not occur in real programs.
 const MAX_HEIGHT: u32 = 200;
+/// Members of one type, those of embedded types included. (Shared embedded types could double at each level.)
+const MAX_MEMBERS: u64 = 1 << 20;
 
 #[derive(Default, Clone, Copy)]
 struct Identity(u64);
@@ -488,6 +490,7 @@ fn measure(types: &mut [Type]) -> Vec<u64> {
     let mut state = vec![State::New; n];
     let mut sizes = vec![0u64; n];
     let mut height = vec![0u32; n];
+    let mut members = vec![1u64; n];
     let mut path: Vec<(usize, usize)> = Vec::new();
     for start in 0..n {
         if state[start] != State::New {
@@ -516,9 +519,11 @@ fn measure(types: &mut [Type]) -> Vec<u64> {
                 let Some(to) = edge(&mut types[at], e) else {
                     continue;
                 };
-                if height[to.0 as usize] >= MAX_HEIGHT {
+                let more = members[at].saturating_add(members[to.0 as usize]);
+                if height[to.0 as usize] >= MAX_HEIGHT || more > MAX_MEMBERS {
                     *to = TypeId::VOID;
                 } else {
+                    members[at] = more;
                     height[at] = height[at].max(height[to.0 as usize] + 1);
                 }
             }
@@ -538,4 +543,33 @@ fn measure(types: &mut [Type]) -> Vec<u64> {
         }
     }
     sizes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 60 structs, each holding the one before twice: 2^60 members if walked.
+    #[test]
+    fn doubling_nests_are_cut() {
+        let member = |ty, offset| Member { name: None, ty: TypeId(ty), offset, bits: None };
+        let mut types = vec![Type::Void];
+        for i in 1..=60u32 {
+            types.push(Type::Record(Record {
+                kind: RecordKind::Struct,
+                tag: None,
+                alias: None,
+                size: 8,
+                members: vec![member(i - 1, 0), member(i - 1, 4)],
+                incomplete: false,
+            }));
+        }
+        // One that holds itself.
+        types.push(Type::Qualified { qualifier: super::super::Qualifier::Const, to: TypeId(61) });
+        let sizes = measure(&mut types);
+        assert_eq!((sizes[60], sizes[61]), (8, 0));
+        let model = TypeModel { types, sizes, ..TypeModel::default() };
+        assert_eq!(model.pointer_map(TypeId(60)), Some(Vec::new()));
+        assert_eq!(model.resolve(TypeId(61)), TypeId::VOID);
+    }
 }
