@@ -362,7 +362,7 @@ fn hard_limit() -> Result<(), Failed> {
     let pid = free_pid()?;
     let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?;
     let image = image_with(dir.path(), pid, 0, |p| {
-        p.rlimits.push(proto::Rlimit { resource: libc::RLIMIT_NOFILE as u32, soft: 100, hard: hard + 1 });
+        p.rlimits.push(proto::Rlimit { resource: libc::RLIMIT_NOFILE, soft: 100, hard: hard + 1 });
     })?;
     match restore_image(&image, &RebuildOptions::default()) {
         // With CAP_SYS_RESOURCE there is nothing to refuse.
