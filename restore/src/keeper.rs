@@ -121,6 +121,8 @@ impl Keeper {
     /// Starts a keeper for `image_id` and hands it `kept`. Returns once it listens. The caller's copies are
     /// closed by dropping `kept`.
     pub fn start(image_id: &str, kept: Vec<Kept>, options: &KeeperOptions) -> Result<Self, KeeperError> {
+        // Inherited by the keeper.
+        sys::raise_open_files();
         let name = socket_name(image_id);
         let (ours, theirs) =
             sys::unix_pair(libc::SOCK_SEQPACKET).map_err(call("socketpair for the hand-over"))?;
@@ -156,6 +158,7 @@ impl Keeper {
         process: &mut proto::Process,
         options: &KeeperOptions,
     ) -> Result<Option<Self>, KeeperError> {
+        sys::raise_open_files();
         let pidfd = sys::pidfd_open(process.pid as i32).map_err(call("pidfd_open of the frozen process"))?;
         let mut kept: Vec<Kept> = Vec::new();
         let mut seen = std::collections::HashSet::new();

@@ -171,6 +171,17 @@ pub fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     owned(i64::from(fd))
 }
 
+/// Raises our own limit of open files as far as it goes: holding another process's files takes as many as it has.
+pub fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // Allowed to everybody; if it fails all the same, the call that runs out says so.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
 /// Closes every descriptor above 2 but `keep` (close_range(2), Linux 5.9).
 pub fn close_all_but(keep: RawFd) -> io::Result<()> {
     let keep = u32::try_from(keep).map_err(io::Error::other)?;

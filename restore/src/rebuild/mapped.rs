@@ -195,7 +195,8 @@ fn module(
             "put the same build back at its path, then restore again",
         ));
     };
-    let stem = m.path.rsplit('/').next().unwrap_or("module");
+    // Restored from its copy before, it is a memfd already.
+    let stem = m.path.rsplit('/').next().unwrap_or("module").trim_start_matches("memfd:");
     let fd = sys::memfd(stem).map_err(RebuildError::call(m.path.clone(), "memfd_create"))?;
     let file = File::from(fd);
     file.write_all_at(&bytes, 0).map_err(RebuildError::call(m.path.clone(), "writing the embedded copy"))?;

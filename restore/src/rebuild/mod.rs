@@ -128,6 +128,8 @@ pub fn rebuild(image: &Image, options: &RebuildOptions) -> Result<Host, RebuildE
         return Err(bad("the leader is not the first thread"));
     }
     let all = options.threads == Threads::All;
+    // The process inherits this limit until it gets its own.
+    crate::sys::raise_open_files();
     spawn::ids_free(p, all, options.reap_wait)?;
     clock.lap("wait for the pid", &mut phases);
 

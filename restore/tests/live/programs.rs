@@ -21,6 +21,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("live_dropped_privileges", || repeated("state", 34515, &["drop"])),
         Trial::test("live_without_keeper_is_refused", without_keeper),
         Trial::test("live_descriptors_made_anew", made_anew),
+        Trial::test("live_program_replaced_on_disk", replaced),
     ]
 }
 
@@ -97,8 +98,7 @@ fn repeated(name: &str, port: u16, args: &[&str]) -> Result<(), Failed> {
     let mut p = Program::start(name, port, args)?;
     assert_eq!(p.ask("check\n")?, "ok", "before any dump");
     for round in 0..5 {
-        let id = format!("{name}-{port}-{}-{round}", std::process::id());
-        let image = dump(p.pid, p.dir.path(), &id)?;
+        let image = dump(p.pid, p.dir.path())?;
         p.collect();
         // Sent while nobody serves.
         p.control.get_mut().write_all(b"ping\n")?;
@@ -115,7 +115,7 @@ fn repeated(name: &str, port: u16, args: &[&str]) -> Result<(), Failed> {
 fn without_keeper() -> Result<(), Failed> {
     let mut p = Program::start("memzoo", 34516, &["third argument"])?;
     assert_eq!(p.ask("check\n")?, "ok");
-    let image = dump(p.pid, p.dir.path(), &format!("none-{}", std::process::id()))?;
+    let image = dump(p.pid, p.dir.path())?;
     p.collect();
     Keeper::drop_all(&image.meta().keeper_socket)?;
     let e = restore_image(&image, &RebuildOptions::default()).err().ok_or("no refusal")?;
@@ -134,7 +134,7 @@ fn made_anew() -> Result<(), Failed> {
     let mut p = Program::start("fdzoo", 34517, &[])?;
     assert_eq!(p.ask("check\n")?, "ok");
     for round in 0..5 {
-        let image = dump(p.pid, p.dir.path(), &format!("anew-{}-{round}", std::process::id()))?;
+        let image = dump(p.pid, p.dir.path())?;
         p.collect();
         Keeper::drop_all(&image.meta().keeper_socket)?;
         let options = RebuildOptions { drop_connections: true, ..Default::default() };
@@ -142,6 +142,26 @@ fn made_anew() -> Result<(), Failed> {
         assert!(restored.findings.iter().any(|f| f.code == "connection-dropped"), "{:?}", restored.findings);
         p.control = BufReader::new(TcpStream::connect(("127.0.0.1", 34517))?);
         assert_eq!(p.ask("check\n")?, "ok", "round {round}");
+    }
+    Ok(())
+}
+
+/// After a package upgrade the old program is gone from disk: it comes from the image, again and again.
+fn replaced() -> Result<(), Failed> {
+    let mut p = Program::start("memzoo", 34518, &["third argument"])?;
+    assert_eq!(p.ask("check\n")?, "ok");
+    let on_disk = p.dir.path().join("memzoo");
+    for round in 0..3 {
+        let image = dump(p.pid, p.dir.path())?;
+        p.collect();
+        match round {
+            0 => std::fs::remove_file(&on_disk)?,
+            _ => std::fs::write(&on_disk, b"another program")?,
+        }
+        restore_image(&image, &RebuildOptions::default())?;
+        assert_eq!(p.ask("check\n")?, "ok", "round {round}");
+        let exe = std::fs::read_link(format!("/proc/{}/exe", p.pid))?;
+        assert_eq!(exe, Path::new("/memfd:memzoo (deleted)"), "round {round}");
     }
     Ok(())
 }
