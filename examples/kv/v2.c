@@ -120,6 +120,8 @@ static struct config *config;
 static FILE *logfile;
 static struct source listener, ticker;
 static unsigned long ticks;
+static unsigned long turns;     /* the same number as in main()'s loop */
+static int lost_turns;
 static int epoll_fd;
 static char hidden[16] __attribute__((aligned(8))); /* two pointers that no type admits to */
 static __thread unsigned long thread_ops;
@@ -504,6 +506,7 @@ static const char *selfcheck(struct session *me)
 	CHECK(pthread_equal(contexts[1]->self, worker) && !strcmp(contexts[1]->role, "worker"));
 	CHECK(listener.events >= (unsigned long)nsessions);
 	CHECK(fileno(logfile) > 2);
+	CHECK(!lost_turns);
 	pthread_mutex_lock(&job_lock);
 	unsigned long done = 0;
 	for (struct job *j = jobs_done; j; j = j->next, done++)
@@ -713,13 +716,15 @@ static void setup(int port, const char *logpath)
 	c->self = worker;
 }
 
-static void serve(struct loop *loop)
+__attribute__((noinline)) static void serve(struct loop *loop)
 {
 	for (;;) {
 		int n = epoll_wait(loop->epfd, loop->events, loop->cap, -1);
 		if (n < 0 && errno != EINTR)
 			die("epoll_wait");
 		loop->turns++;
+		turns++;
+		lost_turns |= loop->turns != turns;
 		for (int i = 0; i < n; i++) {
 			void *p = loop->events[i].data.ptr;
 			if (p == &listener || p == &ticker) {
