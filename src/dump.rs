@@ -83,6 +83,8 @@ fn keep(
                 s.kept = true;
                 s.ino
             }
+            // Its other end may be in another process.
+            Some(Object::Pipe(p)) => p.ino,
             _ => continue,
         };
         if !seen.insert(fd.ofd) {

@@ -194,12 +194,11 @@ impl Sessions {
         let fresh = Redis { server: Server::start(&mut command(binary, port, dir.path()), None), port, dir };
         let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
         let loaded = loop {
-            if let Ok(mut c) = Client::try_connect(port) {
-                if let Ok(Reply::Simple(s) | Reply::Error(s)) = c.ask(&["DEBUG", "DIGEST"]) {
-                    if !s.starts_with("LOADING") {
-                        break s;
-                    }
-                }
+            // DEBUG answers while the file is still being read; DBSIZE does not.
+            if let Ok(mut c) = Client::try_connect(port)
+                && let Ok(Reply::Int(_)) = c.ask(&["DBSIZE"])
+            {
+                break c.ask(&["DEBUG", "DIGEST"])?.text();
             }
             ensure!(std::time::Instant::now() < end, "the fresh server does not answer");
             std::thread::sleep(std::time::Duration::from_millis(20));
