@@ -11,6 +11,7 @@ use mcr_image::proto::fd::Object;
 use mcr_image::{Addr, Fd, ModuleMap, proto};
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::AsFd;
 
 fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> UpdateError {
     let what = what.into();
@@ -64,6 +65,28 @@ pub(super) fn install_descriptors(
     }
     install_fds(&mut leader, pid, &installs)?;
     Ok(())
+}
+
+/// Gives a rebuilt host the old process's standard streams before anything runs in it: what the new version says
+/// while it starts up belongs there, not into ours.
+pub(super) fn standard_streams(host: &mut crate::rebuild::Host, old: &proto::Process) -> Result<(), UpdateError> {
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null").map_err(failed("/dev/null"))?;
+    let mut streams = Vec::new();
+    for number in 0..3u32 {
+        let fd = old.fds.iter().find(|f| f.number == number);
+        let file = match fd.and_then(|f| host.files.by_ofd.get(&f.ofd)) {
+            Some(f) => f.try_clone(),
+            None => null.try_clone().map(Into::into),
+        };
+        streams.push((number, file.map_err(failed(format!("dup of descriptor {number}")))?));
+    }
+    let installs: Vec<_> = streams
+        .iter()
+        .map(|(n, f)| Install { number: Fd(*n as i32), file: f.as_fd(), cloexec: false })
+        .collect();
+    let pid = host.pid().0;
+    let leader = host.leader().ok_or(UpdateError::Internal("a rebuilt process without a thread"))?;
+    Ok(install_fds(leader, pid, &installs)?)
 }
 
 /// Installs the old version's signal handlers that the new one's start-up did not set itself, at the

@@ -366,7 +366,7 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
     let memory = image.memory();
     let old_modules = mcr_transform::image_modules(image, process, &memory, &options.transform);
     clock.lap("read programs", false);
-    let rebuilt = rebuild::rebuild(
+    let mut rebuilt = rebuild::rebuild(
         image,
         &RebuildOptions {
             threads: Threads::LeaderOnly,
@@ -374,6 +374,7 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
             ..RebuildOptions::default()
         },
     )?;
+    hand::standard_streams(&mut rebuilt, process)?;
     let handed = rebuilt.hand_over()?;
     let child = handed.pid;
     let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
