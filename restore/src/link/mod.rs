@@ -95,6 +95,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
 
     let mut pairs = Pairs::new(input.types, &view, &native_heap, &old_heap, regions.clone());
     walk(input, &layout, &sites, &translate_old, streams.as_ref(), &mut pairs)?;
+    let open = scan::frame_registers(input, &frames, &translate_old, &mut pairs);
 
     let mut state = State {
         out,
@@ -160,7 +161,8 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         );
     }
     let in_old = scan::old_variables(input);
-    scan::threads(input, &frames, &sites, &in_old, &mut redirect, &mut state)?;
+    let in_frames = scan::Frames { new: &frames, open: &open };
+    scan::threads(input, &in_frames, &sites, &in_old, &mut redirect, &mut state)?;
     scan::program_data(input, &mut redirect, &mut state)?;
     scan::other_data(input, &native_heap, &mut redirect, &mut state)?;
     redirect.follow(&mut state)?;

@@ -17,6 +17,8 @@ pub enum Evidence {
     Array,
     /// Through a pointer of a type to itself: the order of a list may be a race.
     List,
+    /// The only objects of one size that callee-saved registers of the same frame hold.
+    Register,
     /// Words at the same offset of two untyped chunks.
     Opaque,
 }
@@ -312,6 +314,56 @@ impl<'a> Pairs<'a> {
             Type::Array { element, .. } => self.has_pointers(*element),
             _ => false,
         }
+    }
+
+    /// Objects that only callee-saved registers of a frame hold: compilers keep a pointer there without
+    /// saying so in the debug information. A native one and an old one are the same if they are alike in
+    /// size and shape and no other object of the frame is. Returns whether old has objects left that
+    /// nothing pairs.
+    pub fn frame_registers(&mut self, native: &[u64], old: &[u64], path: &str) -> bool {
+        let mut news: Vec<Addr> = native.iter().map(|&w| Addr(w)).collect();
+        news.retain(|&w| {
+            self.native_heap
+                .find(w)
+                .is_some_and(|c| c.state.in_use() && self.verdict(c.addr) == Verdict::Unknown)
+        });
+        let mut olds: Vec<Addr> = old.iter().map(|&w| Addr(w)).collect();
+        olds.retain(|&w| {
+            self.old_heap.find(w).is_some_and(|c| c.state.in_use() && !self.by_old.contains_key(&c.addr.0))
+        });
+        news.sort();
+        news.dedup();
+        olds.sort();
+        olds.dedup();
+        let mut left = olds.len();
+        for &n in &news {
+            let fits: Vec<Addr> = olds.iter().copied().filter(|&o| self.alike(n, o)).collect();
+            if let [o] = fits[..]
+                && news.iter().filter(|&&m| self.alike(m, o)).count() == 1
+            {
+                self.words(n.0, o.0, path, Evidence::Register);
+                left -= 1;
+            }
+        }
+        left > 0
+    }
+
+    /// The same place in chunks of one size, with addresses at the same offsets.
+    fn alike(&self, native: Addr, old: Addr) -> bool {
+        let (Some(n), Some(o)) = (self.native_heap.find(native), self.old_heap.find(old)) else {
+            return false;
+        };
+        if n.usable != o.usable || native.since(n.addr) != old.since(o.addr) {
+            return false;
+        }
+        let words = (n.usable / 8).min(64);
+        (0..words).all(|i| {
+            let (a, b) = (self.view.u64(n.addr.add(8 * i)), self.view.u64(o.addr.add(8 * i)));
+            let (Ok(a), Ok(b)) = (a, b) else { return false };
+            let native_object = self.native_heap.find(Addr(a)).is_some_and(|c| c.state.in_use());
+            // A pointer that start-up leaves null may be set by now, and the other way round.
+            a == 0 || b == 0 || native_object == self.is_old_object(Addr(b))
+        })
     }
 
     /// What is known about the native chunk that starts at `chunk`.

@@ -14,7 +14,10 @@ pub enum Holder {
     /// An argument of the call that a thread is blocked in: the kernel will use it.
     Argument,
     /// A register, or the slot where a frame saved one: it may be live.
-    Register,
+    Register {
+        /// The old frame's registers hold objects, too, that nothing pairs.
+        open: bool,
+    },
     /// A variable of a frame that stays. `carried`: the old frame has a variable of that name.
     Local {
         /// The old frame has it, too, so its value should have come over.
@@ -155,7 +158,12 @@ impl<'a> Redirect<'a> {
                     Ok(None)
                 }
                 Holder::Library => Ok(None),
-                Holder::Register => {
+                Holder::Register { open: true } => Err(unpaired(
+                    word,
+                    path,
+                    "is a start-up object; the old version's frame holds objects in registers, too, and nothing says which is which",
+                )),
+                Holder::Register { open: false } => {
                     state.find(
                         proto::Severity::Warning,
                         "native-register",

@@ -3,6 +3,7 @@
 use super::input::{Booted, NewThread, Span};
 use super::locals::{Site, Sites};
 use super::output::Refusal;
+use super::pairs::Pairs;
 use super::redirect::{Holder, Redirect};
 use super::state::{State, Target, register};
 use super::{Frame, LinkInput};
@@ -70,10 +71,59 @@ pub(super) fn old_variables(input: &LinkInput<'_>) -> HashSet<(Tid, String, Stri
     out
 }
 
+/// Values of a frame's callee-saved registers.
+fn saved_values(f: &Frame) -> Vec<u64> {
+    SAVED.iter().filter_map(|r| f.regs[*r as usize]).collect()
+}
+
+/// Pairs what only registers of frames hold. Returns the new frames whose old counterpart has more.
+pub(super) fn frame_registers(
+    input: &LinkInput<'_>,
+    frames: &[(Tid, Vec<Frame>)],
+    translate_old: &impl Fn(u64) -> u64,
+    pairs: &mut Pairs<'_>,
+) -> BTreeSet<(Tid, usize)> {
+    let mut open = BTreeSet::new();
+    for t in &input.process.threads {
+        let (Some(regs), Some(new)) = (Regs::from_words(&t.regs), input.booted.thread_for(Tid(t.tid as i32)))
+        else {
+            continue;
+        };
+        let olds = unwind(input.old_modules, input.old, &regs).frames;
+        let Some((_, news)) = frames.iter().find(|f| f.0 == new.tid) else { continue };
+        for (i, (n, o)) in news.iter().zip(&olds).enumerate() {
+            if !n.in_program() || !o.in_program() || n.base_name() != o.base_name() {
+                continue;
+            }
+            let old: Vec<u64> = saved_values(o).into_iter().map(translate_old).collect();
+            let path = format!("registers of {}", n.base_name().unwrap_or_default());
+            if pairs.frame_registers(&saved_values(n), &old, &path) {
+                open.insert((new.tid, i));
+            }
+        }
+    }
+    open
+}
+
+/// The program frame whose variable a saved (`Some`) or live (`None`) register is.
+fn owner(frames: &[Frame], r: u16, slot: Option<Addr>) -> Option<usize> {
+    frames
+        .iter()
+        .position(|f| f.in_program() && f.regs[r as usize].is_some() && f.saved_at[r as usize] == slot)
+}
+
+/// What the new frames hold, and what is known about the old ones.
+pub(super) struct Frames<'a> {
+    /// Frames of each new thread, innermost first.
+    pub new: &'a [(Tid, Vec<Frame>)],
+    /// Those whose old counterpart holds objects in registers that nothing pairs.
+    pub open: &'a BTreeSet<(Tid, usize)>,
+}
+
 /// Stacks, registers, call arguments and thread blocks.
 pub(super) fn threads(
     input: &LinkInput<'_>,
-    frames: &[(Tid, Vec<Frame>)],
+    frames: &Frames<'_>,
     sites: &Sites,
     in_old: &HashSet<(Tid, String, String)>,
     redirect: &mut Redirect<'_>,
@@ -85,9 +135,12 @@ pub(super) fn threads(
         for site in sites.of(t.tid) {
             variable(input, t, site, in_old, &mut owned, redirect, state)?;
         }
-        registers(t, &owned, redirect, state)?;
         let empty = Vec::new();
-        let unwound = frames.iter().find(|f| f.0 == t.tid).map_or(&empty, |f| &f.1);
+        let unwound = frames.new.iter().find(|f| f.0 == t.tid).map_or(&empty, |f| &f.1);
+        let open = |r: u16, slot: Option<Addr>| {
+            owner(unwound, r, slot).is_some_and(|i| frames.open.contains(&(t.tid, i)))
+        };
+        registers(t, &owned, |r| open(r, None), redirect, state)?;
         for (i, f) in unwound.iter().enumerate() {
             for r in SAVED {
                 let Some(at) = f.saved_at[r as usize] else {
@@ -102,7 +155,9 @@ pub(super) fn threads(
                     t.tid,
                     Regs::DWARF_NAMES[r as usize]
                 );
-                if let Some(to) = redirect.word(w, &Holder::Register, &path, state)? {
+                if let Some(to) =
+                    redirect.word(w, &Holder::Register { open: open(r, Some(at)) }, &path, state)?
+                {
                     state.out.write_u64(at, to);
                     state.stats.redirected_words += 1;
                 }
@@ -205,14 +260,15 @@ fn put_register(tid: Tid, r: u16, value: u64, state: &mut State<'_>) {
 fn registers(
     t: &NewThread,
     owned: &BTreeSet<Target>,
+    open: impl Fn(u16) -> bool,
     redirect: &mut Redirect<'_>,
     state: &mut State<'_>,
 ) -> Result<(), Refusal> {
     let call = mcr_image::syscalls::name(t.syscall).unwrap_or("a system call");
     let args = ARGS.iter().take(arguments_of(t)).map(|r| (*r, Holder::Argument));
-    for (r, holder) in args.chain(SAVED.iter().map(|r| (*r, Holder::Register))) {
+    for (r, holder) in args.chain(SAVED.iter().map(|r| (*r, Holder::Register { open: open(*r) }))) {
         if state.set.contains(&(t.tid, r))
-            || (holder == Holder::Register && owned.contains(&Target::Register(t.tid, r)))
+            || (!matches!(holder, Holder::Argument) && owned.contains(&Target::Register(t.tid, r)))
         {
             continue;
         }
