@@ -198,8 +198,9 @@ fn bad_targets_are_refused_by_name() {
 
 #[test]
 fn a_server_that_is_killed_meanwhile_does_not_hang_the_engine() {
+    let (_dir, exe) = common::build(MANY);
     for round in 0..60u64 {
-        let p = Program::start(MANY);
+        let p = Program::spawn(&exe);
         let pid = p.pid();
         let killer = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_micros(round * 53));

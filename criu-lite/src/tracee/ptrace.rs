@@ -166,9 +166,9 @@ const LOOK_AFTER: Duration = Duration::from_millis(10);
 fn reap_dead(tid: Tid) {
     let Ok(dir) = std::fs::read_dir(format!("/proc/{tid}/task")) else { return };
     for other in dir.filter_map(|e| e.ok()?.file_name().to_str()?.parse::<i32>().ok()) {
-        if other != tid.0 {
-            // SAFETY: all-zero is a valid siginfo_t, and it is live. Only exits are taken, no stops; only of
-            // children and tracees of ours.
+        // Only the dead: waitid(2) takes stops of tracees whatever its options say.
+        if other != tid.0 && is_dead(tid, other) {
+            // SAFETY: all-zero is a valid siginfo_t, and it is live.
             unsafe {
                 let mut info: libc::siginfo_t = std::mem::zeroed();
                 let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL;
@@ -176,6 +176,12 @@ fn reap_dead(tid: Tid) {
             }
         }
     }
+}
+
+fn is_dead(tid: Tid, other: i32) -> bool {
+    let stat = std::fs::read(format!("/proc/{tid}/task/{other}/stat")).unwrap_or_default();
+    let state = stat.iter().rposition(|&b| b == b')').and_then(|n| stat.get(n + 2));
+    matches!(state, Some(b'Z' | b'X'))
 }
 
 /// Waits for the end of a thread that is being killed.

@@ -11,7 +11,7 @@ pub struct Program {
     pub child: Child,
     pub stdin: Option<ChildStdin>,
     pub stdout: BufReader<ChildStdout>,
-    _dir: tempfile::TempDir,
+    pub dir: Option<tempfile::TempDir>,
 }
 
 /// Compiles C source; the directory lives as long as the program.
@@ -28,12 +28,19 @@ impl Program {
     /// Builds and starts; the program prints a line "ready" when it is.
     pub fn start(source: &str) -> Self {
         let (dir, exe) = build(source);
-        let mut cmd = Command::new(&exe);
-        cmd.stdin(Stdio::piped()).stdout(Stdio::piped()).current_dir(dir.path()).process_group(0);
+        let mut p = Self::spawn(&exe);
+        p.dir = Some(dir);
+        p
+    }
+
+    /// Starts a program that was built before.
+    pub fn spawn(exe: &std::path::Path) -> Self {
+        let mut cmd = Command::new(exe);
+        cmd.stdin(Stdio::piped()).stdout(Stdio::piped()).current_dir(exe.parent().unwrap()).process_group(0);
         let mut child = cmd.spawn().unwrap();
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut p = Self { child, stdin, stdout, _dir: dir };
+        let mut p = Self { child, stdin, stdout, dir: None };
         assert_eq!(p.line(), "ready");
         p
     }
