@@ -28,11 +28,13 @@ pub fn frozen_us(phases: &[Phase]) -> u64 {
 /// Runs the verb.
 pub fn run(a: &RestoreArgs) -> Outcome {
     let image = crate::inspect::open(&a.image)?;
+    // Nothing is made from an image of which a part is damaged, also if that part is not needed this time.
+    image.verify().map_err(|e| named(a, Failure::from(e)))?;
     let options = RebuildOptions { drop_connections: a.drop_connections, ..RebuildOptions::default() };
     if image.has_patch() {
         return update_image(a, &image);
     }
-    let done = restore_image(&image, &options)?;
+    let done = restore_image(&image, &options).map_err(|e| named(a, Failure::from(e)))?;
     let (pid, phases, findings) = (done.pid.0, done.phases, done.findings);
     pidfile(a, pid)?;
     let body = Body {
@@ -73,6 +75,12 @@ fn update_image(a: &RestoreArgs, image: &Image) -> Outcome {
     body.print("restore");
     println!("{}", body.pid());
     Ok(())
+}
+
+/// A failure that says which image it is about.
+fn named(a: &RestoreArgs, f: Failure) -> Failure {
+    let name = a.image.display().to_string();
+    if f.message.contains(&name) { f } else { Failure::with_code(f.code, format!("{name}: {}", f.message)) }
 }
 
 fn pidfile(a: &RestoreArgs, pid: i32) -> Outcome {

@@ -3,7 +3,7 @@
 
 use crate::kv_update::Load;
 use crate::support::kv::{Kv, binary};
-use crate::support::{Check, cc, run_mcr, scratch};
+use crate::support::{Check, cc, expect_mcr, run_mcr, scratch};
 use crate::{Case, ensure};
 use std::path::{Path, PathBuf};
 
@@ -18,36 +18,40 @@ pub fn cases() -> Vec<Case> {
         Case::new("bad input: truncated, flipped and foreign images", images),
         Case::new("bad input: usage", usage),
     ];
+    for (name, broken, wants) in [
+        ("crashes", "*(volatile int *)16 = 1;", &["SIGSEGV"][..]),
+        ("exits with 0", "if (argc) exit(0);", &["exit", "0"]),
+        ("exits with 3", "if (argc) exit(3);", &["exit", "3"]),
+        ("hangs", "while (argc) pause();", &["pause"]),
+        ("listens elsewhere", "argv[1] = \"0\";", &["127.0.0.1"]),
+        ("forks", "if (fork() == 0) pause();", &["fork"]),
+    ] {
+        let wants = wants.to_vec();
+        v.push(Case::new(&format!("bad input: a new version that {name} at start-up"), move || {
+            new_binary(&kv_that(broken)?, &[], &wants)
+        }));
+    }
     for (name, source, flags, wants) in [
-        ("crashes", "int main(void){ *(volatile int *)16 = 1; return 0; }", &[][..], &["SIGSEGV"][..]),
-        ("exits with 0", "int main(void){ return 0; }", &[], &["exit"]),
-        ("exits with 3", "int main(void){ return 3; }", &[], &["exit", "3"]),
-        ("hangs", "#include <unistd.h>\nint main(void){ for (;;) pause(); }", &[], &["pause"]),
-        ("has no DWARF", "int main(void){ return 0; }", &["-g0", "-s"], &["-g"]),
+        ("has no DWARF", "int main(void){ return 0; }", &["-g0", "-s"][..], &["-g"][..]),
         ("is not PIE", "int main(void){ return 0; }", &["-no-pie"], &["PIE"]),
         ("is static", "int main(void){ return 0; }", &["-static"], &["static"]),
         ("is no ELF", "", &[], &["ELF"]),
-        ("listens elsewhere", LISTENS, &[], &["listen"]),
+        ("is another program", "int main(void){ return 0; }", &[], &["is not in the new version"]),
     ] {
         let (wants, flags) = (wants.to_vec(), flags.to_vec());
-        v.push(Case::new(&format!("bad input: a new binary that {name}"), move || {
-            new_binary(source, &flags, &wants)
-        }));
+        v.push(Case::new(&format!("bad input: a new binary that {name}"), move || new_binary(source, &flags, &wants)));
     }
     v
 }
 
-const LISTENS: &str = r"
-#include <arpa/inet.h>
-#include <sys/socket.h>
-int main(void) {
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
-	struct sockaddr_in a = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(0x7f000001), .sin_port = htons(1) };
-	a.sin_port = 0;
-	if (bind(fd, (struct sockaddr *)&a, sizeof a) || listen(fd, 5)) return 1;
-	accept(fd, 0, 0);
-	return 0;
-}";
+/// The bundled server with a statement at the start of its main().
+fn kv_that(broken: &str) -> Result<String, String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/kv/v1.c");
+    let source = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    let at = "\tsignal(SIGPIPE, SIG_IGN);";
+    ensure!(source.contains(at), "the example has no {at:?}");
+    Ok(source.replace(at, &format!("\t{broken}\n{at}")))
+}
 
 fn refused(args: &[&str], wants: &[&str]) -> Check {
     let out = run_mcr(args);
@@ -88,10 +92,12 @@ fn no_space() -> Check {
 }
 
 fn images() -> Check {
-    let kv = Kv::start(1);
+    let mut kv = Kv::start(1);
+    let mut load = Load::put(&kv, 100, 3)?;
     let path = kv.dir.path().join("kv.mcr");
     let img = path.display().to_string();
-    crate::support::expect_mcr(0, &["dump", &kv.server.pid.to_string(), "-o", &img, "--leave-running"])?;
+    expect_mcr(0, &["dump", &kv.server.pid.to_string(), "-o", &img])?;
+    kv.server.reap();
     let good = std::fs::read(&path).map_err(|e| e.to_string())?;
     let mut variants: Vec<(String, Vec<u8>)> = vec![
         ("empty".into(), vec![]),
@@ -100,7 +106,7 @@ fn images() -> Check {
     for cut in [1, 100, good.len() / 2, good.len() - 1] {
         variants.push((format!("cut to {cut}"), good[..cut].to_vec()));
     }
-    for at in [0, 9, 40, good.len() / 3, good.len() - 20] {
+    for at in [0, 9, 40, 200, good.len() / 3, good.len() / 2, good.len() - 20] {
         let mut b = good.clone();
         b[at] ^= 0x40;
         variants.push((format!("flipped at {at}"), b));
@@ -112,8 +118,12 @@ fn images() -> Check {
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         ensure!(out.status.code() == Some(1), "{name}: {} instead of 1: {said}", out.status);
         ensure!(said.contains("bad.mcr") && !said.contains("panicked"), "{name}: {said}");
+        ensure!(!kv.server.alive(), "{name}: something runs under the pid");
     }
-    kv.connect().expect("SELFCHECK", "OK")
+    // The good one still comes back, with its connections.
+    let done = expect_mcr(0, &["restore", &img, "--json"])?;
+    kv.server.pid = crate::support::reported_pid(&done)?;
+    load.verify("1.0")
 }
 
 fn build(source: &str, flags: &[&str]) -> Result<(tempfile::TempDir, PathBuf), String> {
@@ -139,7 +149,7 @@ fn new_binary(source: &str, flags: &[&str], wants: &[&str]) -> Check {
     load.verify("1.0")?;
     // And the next, good update still works.
     let done =
-        crate::support::expect_mcr(0, &["update", &pid, "--to", &binary(1).display().to_string(), "--json"])?;
+        expect_mcr(0, &["update", &pid, "--to", &binary(1).display().to_string(), "--json"])?;
     let mut kv = kv;
     kv.server.becomes(crate::support::reported_pid(&done)?);
     load.verify("1.0")
