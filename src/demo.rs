@@ -3,6 +3,7 @@
 
 use crate::cli::DemoArgs;
 use crate::exit::{Failure, Outcome};
+use mcr_image::proto::Phase;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
@@ -140,7 +141,27 @@ fn mcr(args: &[&OsStr]) -> Result<serde_json::Value, Failure> {
             format!("demo: mcr {} failed: {}", shown.join(" "), out.status),
         ));
     }
-    Ok(serde_json::from_slice(&out.stdout)?)
+    let said: serde_json::Value = serde_json::from_slice(&out.stdout)?;
+    timeline(&said);
+    Ok(said)
+}
+
+/// Phases as a table: `#` while the server stands still.
+fn timeline(said: &serde_json::Value) {
+    let phases = said["phases"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let number = |v: &serde_json::Value| v.as_u64().unwrap_or(0);
+    let phases: Vec<Phase> = phases
+        .iter()
+        .map(|p| Phase {
+            name: p["name"].as_str().unwrap_or_default().to_owned(),
+            start_us: number(&p["start_us"]),
+            duration_us: number(&p["duration_us"]),
+            frozen: p["frozen"].as_bool().unwrap_or(false),
+        })
+        .collect();
+    if !phases.is_empty() {
+        print!("{}", crate::report::chart(&phases));
+    }
 }
 
 fn pid_of(said: &serde_json::Value) -> Result<Pid, Failure> {

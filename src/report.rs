@@ -1,7 +1,9 @@
 //! The two ways to speak: a table for people, one JSON object for programs.
 
 use crate::exit::Outcome;
+use mcr_image::proto::Phase;
 use serde::Serialize;
+use std::fmt::Write as _;
 use std::io::Write;
 use std::path::Path;
 
@@ -70,22 +72,32 @@ impl Table {
 }
 
 /// A waterfall of phases on standard error: what took how long, and what of it with the server stopped.
-pub fn waterfall(title: &str, phases: &[mcr_image::proto::Phase]) {
+pub fn waterfall(title: &str, phases: &[Phase]) {
+    eprint!("{title}\n{}", chart(phases));
+}
+
+/// One line a phase, and the sums.
+pub fn chart(phases: &[Phase]) -> String {
+    const WIDTH: u64 = 40;
     let end = phases.iter().map(|p| p.start_us + p.duration_us).max().unwrap_or(0).max(1);
     let name = phases.iter().map(|p| p.name.chars().count()).max().unwrap_or(0);
-    const WIDTH: u64 = 40;
-    eprintln!("{title}: {:.3} ms", end as f64 / 1000.0);
+    let mut out = String::new();
     for p in phases {
-        let from = (p.start_us * WIDTH / end) as usize;
-        let len = ((p.duration_us * WIDTH).div_ceil(end) as usize)
-            .clamp(1, WIDTH as usize + 1 - from.min(WIDTH as usize));
-        let bar: String = std::iter::repeat_n(' ', from)
-            .chain(std::iter::repeat_n(if p.frozen { '#' } else { '=' }, len))
-            .collect();
-        let pad = name - p.name.chars().count();
-        eprintln!("  {}{} {:>10.3} ms |{bar}", p.name, " ".repeat(pad), p.duration_us as f64 / 1000.0);
+        let from = (p.start_us * WIDTH / end).min(WIDTH - 1) as usize;
+        let len = ((p.duration_us * WIDTH).div_ceil(end) as usize).clamp(1, WIDTH as usize - from);
+        let mark = if p.frozen { "#" } else { "=" };
+        let bar = " ".repeat(from) + &mark.repeat(len);
+        let pad = " ".repeat(name - p.name.chars().count());
+        let _ = writeln!(out, "  {}{pad} {:>10.3} ms |{bar}", p.name, p.duration_us as f64 / 1000.0);
     }
-    eprintln!("  (# the server is stopped)");
+    let frozen: u64 = phases.iter().filter(|p| p.frozen).map(|p| p.duration_us).sum();
+    let _ = writeln!(
+        out,
+        "  {:.3} ms in all, {:.3} ms of it with the server stopped (#)",
+        end as f64 / 1000.0,
+        frozen as f64 / 1000.0
+    );
+    out
 }
 
 /// `len` bytes for people.

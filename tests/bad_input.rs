@@ -20,9 +20,9 @@ pub fn cases() -> Vec<Case> {
     ];
     for (name, broken, wants) in [
         ("crashes", "*(volatile int *)16 = 1;", &["SIGSEGV"][..]),
-        ("exits with 0", "if (argc) exit(0);", &["exit", "0"]),
-        ("exits with 3", "if (argc) exit(3);", &["exit", "3"]),
-        ("hangs", "while (argc) pause();", &["pause"]),
+        ("exits with 0", "if (getpid()) exit(0);", &["exit", "0"]),
+        ("exits with 3", "if (getpid()) exit(3);", &["exit", "3"]),
+        ("hangs", "while (getpid()) pause();", &["pause"]),
         ("listens elsewhere", "argv[1] = \"0\";", &["127.0.0.1"]),
         ("forks", "if (fork() == 0) pause();", &["fork"]),
     ] {
@@ -39,7 +39,9 @@ pub fn cases() -> Vec<Case> {
         ("is another program", "int main(void){ return 0; }", &[], &["is not in the new version"]),
     ] {
         let (wants, flags) = (wants.to_vec(), flags.to_vec());
-        v.push(Case::new(&format!("bad input: a new binary that {name}"), move || new_binary(source, &flags, &wants)));
+        v.push(Case::new(&format!("bad input: a new binary that {name}"), move || {
+            new_binary(source, &flags, &wants)
+        }));
     }
     v
 }
@@ -148,8 +150,7 @@ fn new_binary(source: &str, flags: &[&str], wants: &[&str]) -> Check {
     ensure!(kv.server.alive(), "the old server is gone");
     load.verify("1.0")?;
     // And the next, good update still works.
-    let done =
-        expect_mcr(0, &["update", &pid, "--to", &binary(1).display().to_string(), "--json"])?;
+    let done = expect_mcr(0, &["update", &pid, "--to", &binary(1).display().to_string(), "--json"])?;
     let mut kv = kv;
     kv.server.becomes(crate::support::reported_pid(&done)?);
     load.verify("1.0")
