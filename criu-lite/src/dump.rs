@@ -158,7 +158,10 @@ pub fn dump(
     let written;
     let frozen_us;
     if options.leave_running {
-        let child = frozen.fork_hidden()?;
+        let mut child = frozen.fork_hidden()?;
+        // Neither the copy nor we may hold on to what the process closes from now on.
+        child.syscall(libc::SYS_close_range, &[0, u64::from(u32::MAX), 0])?;
+        all.let_go();
         clock.lap("fork", true);
         frozen_us = frozen.thaw()?.as_micros() as u64;
         clock.lap("thaw", true);

@@ -260,7 +260,13 @@ impl Fetched {
     /// The restore has succeeded: the keeper lets go of its copies and ends.
     pub fn confirm(self) {
         // If it has gone meanwhile there is nothing left to let go of.
-        let _ = send(self.sock.as_raw_fd(), b"A", MsgFlags::MSG_NOSIGNAL);
+        if send(self.sock.as_raw_fd(), b"A", MsgFlags::MSG_NOSIGNAL).is_ok() {
+            // It ends by closing: then its copies are closed, too.
+            let limit = nix::sys::time::TimeVal::new(1, 0);
+            let _ =
+                nix::sys::socket::setsockopt(&self.sock, nix::sys::socket::sockopt::ReceiveTimeout, &limit);
+            let _ = nix::sys::socket::recv(self.sock.as_raw_fd(), &mut [0; 1], MsgFlags::empty());
+        }
     }
 }
 

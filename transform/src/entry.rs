@@ -112,12 +112,9 @@ pub fn plan_process(
     let old_types = TypeModel::load(&exe.elf, &dirs)?;
     let new_types = TypeModel::load(&new_elf, &dirs)?;
     let read_us = started.elapsed().as_micros() as u64;
-    let old = OldState { process, memory, modules, elf: &exe.elf, types: &old_types };
     let path = std::fs::canonicalize(new).unwrap_or_else(|_| new.to_owned()).display().to_string();
-    let target = NewProgram { path, elf: &new_elf, types: &new_types };
-    let mut patch = diff::with(&old_types, &new_types, &options.rules, |rl, changes| {
-        plan_with_findings(&old, &target, &options.rules, rl, changes)
-    })?;
+    let loaded = Loaded { path, elf: &new_elf, types: &new_types, old_types: &old_types };
+    let mut patch = plan_loaded(process, memory, modules, &loaded, options)?;
     patch.findings.extend(diff::rule_mistakes(&old_types, &new_types, &options.rules));
     let stats = patch.stats.get_or_insert_default();
     for p in &mut stats.phases {
@@ -127,6 +124,37 @@ pub fn plan_process(
         .phases
         .insert(0, proto::Phase { name: "types".into(), start_us: 0, duration_us: read_us, frozen: false });
     Ok(patch)
+}
+
+/// Both programs, read before the process was stopped.
+pub struct Loaded<'a> {
+    /// Path of the new program, for the patch.
+    pub path: String,
+    /// The new program.
+    pub elf: &'a ElfFile,
+    /// Its types.
+    pub types: &'a TypeModel,
+    /// Types of the old program.
+    pub old_types: &'a TypeModel,
+}
+
+/// As [`plan_process`], with everything read that does not depend on the process's state.
+pub fn plan_loaded(
+    process: &proto::Process,
+    memory: &dyn Memory,
+    modules: &ModuleMap,
+    loaded: &Loaded<'_>,
+    options: &Options,
+) -> Result<proto::Patch, TransformError> {
+    let exe = modules.exe().ok_or_else(|| TransformError::NoProgram {
+        path: process.exe_path.clone(),
+        key: process.modules.iter().find(|m| m.is_exe).map_or(String::new(), |m| m.key.clone()),
+    })?;
+    let old = OldState { process, memory, modules, elf: &exe.elf, types: loaded.old_types };
+    let target = NewProgram { path: loaded.path.clone(), elf: loaded.elf, types: loaded.types };
+    diff::with(loaded.old_types, loaded.types, &options.rules, |rl, changes| {
+        plan_with_findings(&old, &target, &options.rules, rl, changes)
+    })
 }
 
 /// A patch whose findings hold a refusal is none.

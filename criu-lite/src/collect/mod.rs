@@ -98,6 +98,19 @@ pub struct Collected {
     pub modules: Arc<ModuleMap>,
 }
 
+impl Collected {
+    /// Closes our duplicates of everything but regular files. To be called before the process runs on: an
+    /// epoll registration lives as long as the open file, so while somebody else holds a duplicate, a server
+    /// that closes a connection would go on being told of it, with a pointer to what it has freed.
+    pub fn let_go(&mut self) {
+        let process = &self.process;
+        self.fds.retain(|n, _| {
+            let object = process.fds.iter().find(|f| f.number == *n).and_then(|f| f.object.as_ref());
+            matches!(object, Some(proto::fd::Object::File(f)) if f.mode & libc::S_IFMT == libc::S_IFREG)
+        });
+    }
+}
+
 impl Frozen {
     /// Everything that the kernel keeps for the process, without page contents. `states` are what
     /// [`Frozen::quiesce`] returned (they give the threads' frames). A resource that images cannot hold is

@@ -15,15 +15,21 @@ const PARK_LIMIT: Duration = Duration::from_secs(2);
 const TABLE: u64 = SCRATCH_LEN / 2;
 const ROW: u64 = 64;
 
-/// Calls made by the host's leader.
-pub struct LeaderCalls<'a> {
+/// Calls made by one thread of the host.
+pub struct HostCalls<'a> {
     host: &'a Host,
+    tid: Tid,
 }
 
 impl Host {
     /// System calls executed by the main thread, which must not be at the entry of a call.
-    pub fn leader_calls(&mut self) -> LeaderCalls<'_> {
-        LeaderCalls { host: self }
+    pub fn leader_calls(&mut self) -> HostCalls<'_> {
+        HostCalls { tid: Tid(self.pid.0), host: self }
+    }
+
+    /// System calls executed by any of its threads, under the same condition.
+    pub fn thread_calls(&mut self, tid: Tid) -> HostCalls<'_> {
+        HostCalls { tid, host: self }
     }
 
     /// Brings every thread from its stop at a call to an event stop, where the engine's death means nothing
@@ -80,8 +86,7 @@ impl Host {
         Ok(first?)
     }
 
-    fn run_batch(&self, calls: &[Call]) -> Result<Vec<i64>> {
-        let tid = Tid(self.pid.0);
+    fn run_batch(&self, tid: Tid, calls: &[Call]) -> Result<Vec<i64>> {
         let mut out = Vec::with_capacity(calls.len());
         for part in calls.chunks((TABLE / ROW) as usize) {
             let rows: Vec<u8> = part
@@ -119,12 +124,12 @@ fn to_io(e: BootError) -> io::Error {
     }
 }
 
-impl Inject for LeaderCalls<'_> {
+impl Inject for HostCalls<'_> {
     fn inject(&mut self, call: Call) -> io::Result<i64> {
-        self.host.call_raw(Tid(self.host.pid.0), "a call", call.nr, &call.args).map_err(to_io)
+        self.host.call_raw(self.tid, "a call", call.nr, &call.args).map_err(to_io)
     }
     fn inject_all(&mut self, calls: &[Call]) -> io::Result<Vec<i64>> {
-        self.host.run_batch(calls).map_err(to_io)
+        self.host.run_batch(self.tid, calls).map_err(to_io)
     }
     fn poke(&mut self, at: Addr, bytes: &[u8]) -> io::Result<()> {
         self.host.mem.write(at, bytes).map_err(io::Error::other)

@@ -12,7 +12,7 @@ mod fill;
 mod mapped;
 mod objects;
 mod pipe;
-mod process;
+pub(crate) mod process;
 pub(crate) mod remote;
 mod signalfd;
 mod spawn;
@@ -323,16 +323,18 @@ impl Host {
             remote.set_regs(&regs).map_err(fail("PTRACE_SETREGS"))?;
             remote.set_sigmask(t.sigmask).map_err(fail("PTRACE_SETSIGMASK"))?;
         }
-        // Nothing can fail any more but by the death of a thread.
+        // Nothing can fail any more but by the death of a thread. Nobody else may hold the open files when it
+        // runs: what it closes then would stay registered in its epoll objects.
+        drop(std::mem::take(&mut self.files));
+        if let Some(k) = self.keeper.take() {
+            k.confirm();
+        }
         while let Some(t) = self.threads.pop() {
             let tid = t.tid();
             t.detach().map_err(fail("PTRACE_DETACH")).inspect_err(|_| remote::kill_all(tid, &[]))?;
         }
         if let Some(l) = self.leader.take() {
             l.detach().map_err(fail("PTRACE_DETACH"))?;
-        }
-        if let Some(k) = self.keeper.take() {
-            k.confirm();
         }
         self.clock.lap("release", &mut self.phases);
         Ok(Restored {

@@ -238,10 +238,14 @@ fn signo(s: &proto::SigInfo) -> u64 {
 }
 
 /// Credentials of one thread (the kernel keeps them per thread), capabilities with them, no_new_privs last.
-pub(super) fn credentials(remote: &mut Remote, p: &proto::Process, leader: bool) -> Result<(), RebuildError> {
+pub(crate) fn credentials<I: Inject>(
+    remote: &mut I,
+    p: &proto::Process,
+    leader: bool,
+) -> Result<(), RebuildError> {
     let mut batch = Batch::new(remote)?;
     const NEXT: &str = "restore with at least the privileges that the server was started with";
-    let add = |b: &mut Batch<'_, Remote>, call, nr, args: &[u64]| b.add("credentials", call, nr, args, NEXT);
+    let add = |b: &mut Batch<'_, I>, call, nr, args: &[u64]| b.add("credentials", call, nr, args, NEXT);
     if let Some(c) = &p.creds {
         let prctl = libc::SYS_prctl;
         let groups: Vec<u8> = c.groups.iter().flat_map(|g| g.to_le_bytes()).collect();

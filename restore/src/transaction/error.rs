@@ -22,6 +22,14 @@ pub enum UpdateError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The old program's file is not to be had.
+    #[error(
+        "the program file of process {pid} was not recognised among its mappings; is it an ELF program with its file still at hand?"
+    )]
+    OldProgram {
+        /// The process.
+        pid: Pid,
+    },
     /// It is no program that we can update to.
     #[error(transparent)]
     Elf(#[from] ElfError),

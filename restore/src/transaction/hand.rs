@@ -69,8 +69,12 @@ pub(super) fn install_descriptors(
 
 /// Gives a rebuilt host the old process's standard streams before anything runs in it: what the new version says
 /// while it starts up belongs there, not into ours.
-pub(super) fn standard_streams(host: &mut crate::rebuild::Host, old: &proto::Process) -> Result<(), UpdateError> {
-    let null = std::fs::File::options().read(true).write(true).open("/dev/null").map_err(failed("/dev/null"))?;
+pub(super) fn standard_streams(
+    host: &mut crate::rebuild::Host,
+    old: &proto::Process,
+) -> Result<(), UpdateError> {
+    let null =
+        std::fs::File::options().read(true).write(true).open("/dev/null").map_err(failed("/dev/null"))?;
     let mut streams = Vec::new();
     for number in 0..3u32 {
         let fd = old.fds.iter().find(|f| f.number == number);

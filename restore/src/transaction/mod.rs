@@ -8,10 +8,11 @@ pub use error::UpdateError;
 
 use crate::apply;
 use crate::boot::{BootOutcome, BootSpec, Host, boot};
+use crate::fds::Install;
 use crate::link::{LinkInput, LinkStats, Span, WriteList, link};
 use crate::rebuild::{self, RebuildOptions, Threads};
 use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory, QuiesceOptions, modules, reap_hidden};
-use mcr_image::{Addr, ElfFile, Image, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
+use mcr_image::{Addr, ElfFile, Fd, Image, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
 use mcr_transform::types::TypeModel;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -150,17 +151,39 @@ struct Programs {
     new_path: PathBuf,
     new: Arc<ElfFile>,
     types: TypeModel,
+    /// Types of the old program.
+    old_types: TypeModel,
 }
 
 impl Programs {
-    fn read(new: &Path, options: &UpdateOptions) -> Result<Self, UpdateError> {
+    fn read(new: &Path, old: &ElfFile, options: &UpdateOptions) -> Result<Self, UpdateError> {
         let new_path = std::fs::canonicalize(new)
             .map_err(|source| UpdateError::NewProgram { path: new.to_owned(), source })?;
         let dirs = options.transform.debug_search();
         let elf = ElfFile::open_with_debug(&new_path, &dirs)?;
         elf.check_updatable()?;
+        old.check_updatable()?;
         let types = TypeModel::load(&elf, &dirs)?;
-        Ok(Self { new_path, new: Arc::new(elf), types })
+        let old_types = TypeModel::load(old, &dirs)?;
+        Ok(Self { new_path, new: Arc::new(elf), types, old_types })
+    }
+
+    /// The plan, refused if anything stands in its way.
+    fn plan(
+        &self,
+        process: &proto::Process,
+        memory: &dyn Memory,
+        modules: &ModuleMap,
+        options: &UpdateOptions,
+    ) -> Result<proto::Patch, UpdateError> {
+        let loaded = mcr_transform::Loaded {
+            path: self.new_path.display().to_string(),
+            elf: &self.new,
+            types: &self.types,
+            old_types: &self.old_types,
+        };
+        let patch = mcr_transform::plan_loaded(process, memory, modules, &loaded, &options.transform)?;
+        Ok(mcr_transform::refuse(patch)?)
     }
 }
 
@@ -170,7 +193,26 @@ struct Old<'a> {
     modules: &'a ModuleMap,
     memory: &'a dyn Memory,
     patch: &'a proto::Patch,
-    files: &'a Files<'a>,
+    /// Its open files; none in a dry run.
+    files: Option<&'a Files<'a>>,
+    /// The host was made from an image: it has the engine's standard files and privileges still.
+    rebuilt: bool,
+}
+
+impl Old<'_> {
+    /// What the start-up reads and writes as its standard input, output and error.
+    fn stdio(&self) -> Vec<Install<'_>> {
+        if !self.rebuilt {
+            return Vec::new();
+        }
+        let standard = self.process.fds.iter().filter(|f| f.number <= 2);
+        standard
+            .filter_map(|f| {
+                let file = *self.files?.get(&f.number)?;
+                Some(Install { number: Fd(f.number as i32), file, cloexec: f.cloexec })
+            })
+            .collect()
+    }
 }
 
 /// Boots and links. The host is booted when this returns, and nothing else has been done to it.
@@ -206,22 +248,25 @@ fn make(
                 Span::new(Addr(r.start), Addr(end))
             })
             .collect(),
+        stdio: old.stdio(),
         timeout: options.boot_limit(),
     };
     let mut outcome = boot(host, &spec)?;
     clock.parts(&outcome.phases, frozen);
     // With its socket replaced by old's, a watch that the start-up registered is gone: link has to see that.
-    hand::install_descriptors(host, old.process, &outcome.booted, old.files)?;
-    for e in &mut outcome.booted.epolls {
-        e.watches = host.watches(e.fd)?;
+    if let Some(files) = old.files {
+        hand::install_descriptors(host, old.process, &outcome.booted, files)?;
+        for e in &mut outcome.booted.epolls {
+            e.watches = host.watches(e.fd)?;
+        }
+        clock.lap("descriptors", frozen);
     }
-    clock.lap("descriptors", frozen);
     let list = link(&LinkInput {
         patch: old.patch,
         process: old.process,
         old: old.memory,
         old_modules: old.modules,
-        old_types: None,
+        old_types: Some(&programs.old_types),
         booted: &outcome.booted,
         host: host.memory(),
         modules: &outcome.modules,
@@ -269,12 +314,24 @@ fn rewrite_pid_files(outcome: &BootOutcome, old: Pid, new: Pid) -> Vec<proto::Fi
     findings
 }
 
+/// The program of a running process, read (with all its libraries) before the process is stopped.
+fn old_program(pid: Pid) -> Result<Arc<ElfFile>, UpdateError> {
+    let read = || {
+        let vmas = mcr_criu_lite::collect::vmas(pid)?;
+        let memory = ProcessMemory::open(pid)?;
+        modules::load(pid, &vmas, &memory)
+    };
+    let map = read().map_err(|source| UpdateError::Memory { pid, source })?;
+    let exe = map.exe().ok_or_else(|| UpdateError::OldProgram { pid })?;
+    Ok(Arc::clone(&exe.elf))
+}
+
 /// Updates a living process to a new build.
 pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateReport, UpdateError> {
     let mut clock = Clock::new();
     mcr_criu_lite::freeze::examine(pid)?;
-    let programs = Programs::read(new, options)?;
-    modules::preload(pid);
+    let program = old_program(pid)?;
+    let programs = Programs::read(new, &program, options)?;
     clock.lap("read programs", false);
 
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
@@ -284,15 +341,24 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
     }
     let states = frozen.quiesce(&wait)?;
     clock.lap("freeze", true);
-    let collected = frozen.collect(&states)?;
+    let mut collected = frozen.collect(&states)?;
+    if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
+        return Err(UpdateError::Internal("the process executed another program while it was looked at"));
+    }
     clock.lap("collect", true);
 
-    let (process, old_modules) = (&collected.process, Arc::clone(&collected.modules));
-    let files: Files<'_> = collected.fds.iter().map(|(n, f)| (*n, f.as_fd())).collect();
+    let old_modules = Arc::clone(&collected.modules);
     if options.dry_run {
-        let tracee = frozen.fork_hidden()?;
+        // Whoever holds on to an open file of a running server keeps its epoll registration alive beyond the
+        // server's close: neither the copies nor we may.
+        collected.let_go();
+        let process = &collected.process;
+        let close = [3, u64::from(u32::MAX), 0];
+        let mut tracee = frozen.fork_hidden()?;
+        tracee.syscall(libc::SYS_close_range, &close)?;
         let child = tracee.pid();
-        let copy = frozen.fork_hidden()?;
+        let mut copy = frozen.fork_hidden()?;
+        copy.syscall(libc::SYS_close_range, &close)?;
         let memory = ProcessMemory::open(copy.pid())
             .map_err(|source| UpdateError::Memory { pid: copy.pid(), source })?;
         let snapshot = Snapshot { tracee: Some(copy), memory, old: pid };
@@ -301,30 +367,39 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
         guard.host = Some(Host::attach(child)?);
         frozen.thaw()?;
         clock.lap("fork", true);
-        let patch = mcr_transform::transform_process(
-            process,
-            &snapshot.memory,
-            &old_modules,
-            new,
-            &options.transform,
-        )?;
+        let patch = programs.plan(process, &snapshot.memory, &old_modules, options)?;
         clock.lap("plan", false);
-        let old =
-            Old { process, modules: &old_modules, memory: &snapshot.memory, patch: &patch, files: &files };
+        let old = Old {
+            process,
+            modules: &old_modules,
+            memory: &snapshot.memory,
+            patch: &patch,
+            files: None,
+            rebuilt: false,
+        };
         let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, false)?;
         drop(guard);
         return Ok(report(pid, pid, true, clock, &outcome, list, patch, Vec::new()));
     }
 
+    let process = &collected.process;
+    let files: Files<'_> = collected.fds.iter().map(|(n, f)| (*n, f.as_fd())).collect();
     let memory = Arc::clone(frozen.memory());
-    let patch = mcr_transform::transform_process(process, &*memory, &old_modules, new, &options.transform)?;
+    let patch = programs.plan(process, &*memory, &old_modules, options)?;
     clock.lap("plan", true);
     let tracee = frozen.fork_host()?;
     let child = tracee.pid();
     tracee.leak();
     let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
     clock.lap("fork", true);
-    let old = Old { process, modules: &old_modules, memory: &*memory, patch: &patch, files: &files };
+    let old = Old {
+        process,
+        modules: &old_modules,
+        memory: &*memory,
+        patch: &patch,
+        files: Some(&files),
+        rebuilt: false,
+    };
     let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     clock.lap("apply", true);
@@ -337,6 +412,7 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
     // The commit: from here to the end of `kill` both are whole, and the old one does not run.
     guard.host()?.disarm(&tids)?;
     let ended = frozen.kill();
+    collected.fds.clear();
     let host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;
     host.let_go(&tids).map_err(|e| UpdateError::Lost { pid: child, why: e.to_string() })?;
     clock.lap("commit", true);
@@ -358,13 +434,16 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
 pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateReport, UpdateError> {
     let mut clock = Clock::new();
     let patch = image.patch()?.cloned().ok_or(UpdateError::NoPatch)?;
-    let programs = Programs::read(Path::new(&patch.new_path), options)?;
-    if programs.new.build_id().unwrap_or_default() != patch.new_build_id.as_slice() {
-        return Err(UpdateError::OtherBuild { path: programs.new_path, planned: hex(&patch.new_build_id) });
-    }
     let process = image.process();
     let memory = image.memory();
     let old_modules = mcr_transform::image_modules(image, process, &memory, &options.transform);
+    let Some(exe) = old_modules.exe() else {
+        return Err(UpdateError::OldProgram { pid: Pid(process.pid as i32) });
+    };
+    let programs = Programs::read(Path::new(&patch.new_path), &exe.elf, options)?;
+    if programs.new.build_id().unwrap_or_default() != patch.new_build_id.as_slice() {
+        return Err(UpdateError::OtherBuild { path: programs.new_path, planned: hex(&patch.new_build_id) });
+    }
     clock.lap("read programs", false);
     let mut rebuilt = rebuild::rebuild(
         image,
@@ -384,17 +463,29 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
         .iter()
         .filter_map(|fd| Some((fd.number, handed.files.by_ofd.get(&fd.ofd)?.as_fd())))
         .collect();
-    let old = Old { process, modules: &old_modules, memory: &memory, patch: &patch, files: &files };
+    let old = Old {
+        process,
+        modules: &old_modules,
+        memory: &memory,
+        patch: &patch,
+        files: Some(&files),
+        rebuilt: true,
+    };
     let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
+    let host = guard.host()?;
+    for t in outcome.booted.threads.iter().rev() {
+        rebuild::process::credentials(&mut host.thread_calls(t.tid), process, t.tid.0 == child.0)?;
+    }
     findings.extend(handed.findings.clone());
     clock.lap("apply", true);
     let tids = tids(&outcome);
     guard.host()?.park(&tids)?;
     guard.host()?.disarm(&tids)?;
+    // Ours and the keeper's copies are closed before it runs: what it closes then is closed.
+    handed.confirm();
     let host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;
     host.let_go(&tids).map_err(|e| UpdateError::Lost { pid: child, why: e.to_string() })?;
-    handed.confirm();
     clock.lap("commit", true);
     let old_pid = Pid(process.pid as i32);
     findings.extend(rewrite_pid_files(&outcome, old_pid, child));
@@ -408,8 +499,9 @@ pub fn plan(pid: Pid, new: &Path, options: &mcr_transform::Options) -> Result<pr
     modules::preload(pid);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     let states = frozen.quiesce(&QuiesceOptions::default())?;
-    let collected = frozen.collect(&states)?;
+    let mut collected = frozen.collect(&states)?;
     let memory = Arc::clone(frozen.memory());
+    collected.let_go();
     let patch = mcr_transform::plan_process(&collected.process, &*memory, &collected.modules, new, options)?;
     frozen.thaw()?;
     Ok(patch)

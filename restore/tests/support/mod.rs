@@ -97,6 +97,13 @@ impl Server {
         Pid(self.child.id() as i32)
     }
 
+    /// What the kernel says about it, for messages.
+    pub fn state(&self) -> String {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count);
+        format!("{stat} {fds} descriptors")
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }
