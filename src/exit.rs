@@ -8,14 +8,7 @@ pub const DONE: u8 = 0;
 pub const REFUSED: u8 = 1;
 /// The command line was wrong.
 pub const USAGE: u8 = 2;
-/// It failed half way and was rolled back; the old process goes on.
-#[allow(dead_code)]
-pub const ROLLED_BACK: u8 = 3;
-/// State was lost.
-#[allow(dead_code)]
-pub const STATE_LOST: u8 = 4;
-/// The builds alone do not say how some type maps: a rule is needed.
-pub const NEEDS_RULE: u8 = 5;
+// 3 (failed and rolled back), 4 (state lost) and 5 (a type needs a rule) come from the libraries' errors.
 
 /// A failed verb.
 #[derive(Debug)]

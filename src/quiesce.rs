@@ -31,7 +31,7 @@ pub fn run(a: &QuiesceArgs) -> Outcome {
     let timeout = Duration::from_secs_f64(a.timeout.clamp(0.01, 3600.0));
     mcr_criu_lite::modules::preload(Pid(a.pid));
     let mut frozen = Frozen::seize(Pid(a.pid), &FreezeOptions { timeout })?;
-    let states = frozen.quiesce(&QuiesceOptions { timeout, ..QuiesceOptions::default() })?;
+    let states = frozen.quiesce(&QuiesceOptions { timeout })?;
     let stood = frozen.thaw()?;
     let threads: Vec<Row> = states
         .iter()

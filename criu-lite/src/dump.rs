@@ -145,7 +145,7 @@ pub fn dump(
     let mut frozen = Frozen::seize(pid, &FreezeOptions { timeout: options.timeout })?;
     let stands_since = frozen.since();
     clock.lap("freeze", true);
-    let states = frozen.quiesce(&QuiesceOptions { timeout: options.timeout, ..QuiesceOptions::default() })?;
+    let states = frozen.quiesce(&QuiesceOptions { timeout: options.timeout })?;
     clock.lap("quiesce", true);
     let mut all = frozen.collect(&states)?;
     clock.lap("collect", true);

@@ -80,6 +80,8 @@ impl Server {
                 Ok(())
             });
         }
+        // Reaped by pid, in `reap`: what becomes of it need not be our child.
+        #[allow(clippy::zombie_processes)]
         let mut child = cmd.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the server starts");
         let out = child.stdout.take().expect("a pipe");
         if let Some(ready) = ready {

@@ -60,10 +60,10 @@ impl Redis {
     fn wait(&self) {
         let end = std::time::Instant::now() + Duration::from_secs(30);
         while std::time::Instant::now() < end {
-            if let Ok(mut c) = Client::try_connect(self.port) {
-                if c.ask(&["PING"]).is_ok_and(|r| r == Reply::Simple("PONG".into())) {
-                    return;
-                }
+            if let Ok(mut c) = Client::try_connect(self.port)
+                && c.ask(&["PING"]).is_ok_and(|r| r == Reply::Simple("PONG".into()))
+            {
+                return;
             }
             std::thread::sleep(Duration::from_millis(5));
         }

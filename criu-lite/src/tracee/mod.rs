@@ -128,7 +128,7 @@ impl Tracee {
         ptrace::request(
             tid,
             "PTRACE_SETOPTIONS",
-            libc::PTRACE_SETOPTIONS as u32,
+            libc::PTRACE_SETOPTIONS,
             0,
             options,
         )?;
@@ -227,7 +227,7 @@ impl Tracee {
         ptrace::request(
             self.tid,
             "PTRACE_SETOPTIONS",
-            libc::PTRACE_SETOPTIONS as u32,
+            libc::PTRACE_SETOPTIONS,
             0,
             all,
         )?;
@@ -241,7 +241,7 @@ impl Tracee {
         ptrace::request(
             self.tid,
             "PTRACE_GETEVENTMSG",
-            libc::PTRACE_GETEVENTMSG as u32,
+            libc::PTRACE_GETEVENTMSG,
             0,
             (&raw mut v) as usize,
         )?;
@@ -346,7 +346,7 @@ impl Tracee {
             Resume::Step => ("PTRACE_SINGLESTEP", libc::PTRACE_SINGLESTEP),
             Resume::Listen => ("PTRACE_LISTEN", libc::PTRACE_LISTEN),
         };
-        ptrace::request(self.tid, name, req as u32, 0, sig as usize)?;
+        ptrace::request(self.tid, name, req, 0, sig as usize)?;
         self.state = None;
         Ok(())
     }
@@ -450,7 +450,7 @@ impl Tracee {
         ptrace::request(
             self.tid,
             "PTRACE_DETACH",
-            libc::PTRACE_DETACH as u32,
+            libc::PTRACE_DETACH,
             0,
             sig as usize,
         )?;

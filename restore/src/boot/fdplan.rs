@@ -88,7 +88,7 @@ pub(super) fn old_fd(fd: &proto::Fd) -> OldFd {
             let connected = u.state == UNIX_CONNECTED && u.peer_ino != 0 || u.external;
             let mut raw = (libc::AF_UNIX as u16).to_le_bytes().to_vec();
             raw.extend_from_slice(&u.address);
-            let named = !u.address.is_empty() && !(connected && u.r#type == libc::SOCK_STREAM as u32);
+            let named = !(u.address.is_empty() || connected && u.r#type == libc::SOCK_STREAM as u32);
             let what = if named { describe(&raw) } else { fd.link.clone() };
             (socket(libc::AF_UNIX, u.r#type as i32, connected), named.then(|| address(&raw)), what)
         }

@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(fresh_bias(r, &[]), Some(Addr(LOW)));
         let old = (Addr(LOW + 0x1000), Addr(LOW + 0x9000));
         let b = fresh_bias(r, &[old]).unwrap();
-        assert!(b.0 >= old.1.0 + DISTANCE && b.0 % ALIGN == 0);
+        assert!(b.0 >= old.1.0 + DISTANCE && b.0.is_multiple_of(ALIGN));
         // A third one stays away from both, and a heap in between counts.
         let second = (b, b.add(0x20_0000));
         let heap = (Addr(b.0 + DISTANCE * 3 / 2), Addr(b.0 + DISTANCE * 8));

@@ -18,6 +18,8 @@ const QUIET: Duration = Duration::from_millis(3);
 const STUCK: Duration = Duration::from_millis(400);
 
 /// What a thread is doing.
+// There is one of these a thread: boxing the registers would gain nothing.
+#[allow(clippy::large_enum_variant)]
 enum State {
     /// Computing, or between stops.
     Running,
