@@ -242,7 +242,8 @@ fn dumps(quick: bool) -> Outcome {
 
 fn main() {
     let quick = std::env::args().any(|a| a == "quick");
-    let parts: [(&str, fn(bool) -> Outcome); 4] = [
+    type Part = (&'static str, fn(bool) -> Outcome);
+    let parts: [Part; 4] = [
         ("updates of the bundled server", kv_rows),
         ("updates of redis", redis_rows),
         ("throughput after an update", |_| throughput()),
