@@ -6,8 +6,9 @@
 use crate::collect::{CollectError, Collected};
 use crate::freeze::{FreezeError, FreezeOptions, Frozen, reap_hidden};
 use crate::quiesce::{QuiesceError, QuiesceOptions};
-use crate::{ProcessMemory, TraceError, modules, sys};
-use mcr_image::proto::{self, EmbeddedFile, Phase, Vma, VmaKind};
+use crate::snapshot::Plan;
+use crate::{ProcessMemory, TraceError, modules};
+use mcr_image::proto::{self, EmbeddedFile, Phase, VmaKind};
 use mcr_image::{Addr, ImageError, ImageWriter, Memory, MemoryError, Pid, RecordKind};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -153,11 +154,17 @@ pub fn dump(
     let kept = on_frozen(&image_id, &mut all).map_err(|text| DumpError::Hook { pid, text })?;
     clock.lap("connections", true);
     describe_files(pid, &mut all.process);
-    let ranges = ranges(pid, &all.process.vmas)?;
+    let plan =
+        Plan::new(pid, &all.process.vmas).map_err(|(what, source)| DumpError::Io { pid, what, source })?;
+    // What a copy-on-write child does not freeze: files and shared memory.
+    contents(pid, &mut writer, &all)?;
+    clock.lap("files", true);
 
     let written;
     let frozen_us;
     if options.leave_running {
+        pages(pid, &mut writer, frozen.memory(), &plan.not_in_child)?;
+        clock.lap("shared memory", true);
         let mut child = frozen.fork_hidden()?;
         // Neither the copy nor we may hold on to what the process closes from now on.
         child.syscall(libc::SYS_close_range, &[0, u64::from(u32::MAX), 0])?;
@@ -166,24 +173,28 @@ pub fn dump(
         frozen_us = frozen.thaw()?.as_micros() as u64;
         clock.lap("thaw", true);
         let (memory, child_pid) = (child.memory().clone(), child.pid());
-        let result = pages(pid, &mut writer, &memory, &ranges);
+        let result = pages(pid, &mut writer, &memory, &plan.in_child);
         // Whatever happened, nothing of ours stays behind.
         let killed = child.kill();
         let reaped = reap_hidden(pid, child_pid);
         result?;
         killed?;
-        reaped?;
+        // The server may have ended meanwhile; its image is good.
+        if !matches!(reaped, Err(TraceError::Gone { .. } | TraceError::Died { .. })) {
+            reaped?;
+        }
         clock.lap("memory", false);
         let meta = meta(pid, &image_id, options, &kept, &clock);
-        written = finish(pid, writer, &meta, &all)?;
+        written = finish(writer, &meta, &all)?;
         clock.lap("write", false);
     } else {
         frozen.relax();
         let memory = frozen.memory().clone();
-        pages(pid, &mut writer, &memory, &ranges)?;
+        pages(pid, &mut writer, &memory, &plan.not_in_child)?;
+        pages(pid, &mut writer, &memory, &plan.in_child)?;
         clock.lap("memory", true);
         let meta = meta(pid, &image_id, options, &kept, &clock);
-        written = finish(pid, writer, &meta, &all)?;
+        written = finish(writer, &meta, &all)?;
         clock.lap("write", true);
         // The image is safely on disk: only now may the process end.
         frozen.kill()?;
@@ -252,30 +263,6 @@ fn describe_files(pid: Pid, p: &mut proto::Process) {
     }
 }
 
-/// The pages whose content the image must hold: all of anonymous and shared anonymous memory, of private file
-/// mappings those that were written to.
-fn ranges(pid: Pid, vmas: &[Vma]) -> Result<Vec<(u64, u64)>, DumpError> {
-    /// The page is the file's own (PAGEMAP_SCAN, include/uapi/linux/fs.h).
-    const PAGE_IS_FILE: u64 = 1 << 2;
-    let path = format!("/proc/{pid}/pagemap");
-    let io = |what: String| move |source| DumpError::Io { pid, what, source };
-    let pagemap = File::open(&path).map_err(io(format!("open {path}")))?;
-    let mut out = Vec::new();
-    for v in vmas {
-        let not = match v.kind() {
-            VmaKind::VmaAnonPrivate => 0,
-            VmaKind::VmaAnonShared => 0,
-            VmaKind::VmaFilePrivate => PAGE_IS_FILE,
-            VmaKind::VmaFileShared if v.memfd || v.deleted => 0,
-            VmaKind::VmaVdso => 0,
-            VmaKind::VmaFileShared | VmaKind::VmaVvar | VmaKind::VmaVsyscall => continue,
-        };
-        sys::pagemap_scan(&pagemap, v.start, v.end, not, &mut out)
-            .map_err(|e| io(format!("PAGEMAP_SCAN of {:#x}-{:#x}", v.start, v.end))(e.into()))?;
-    }
-    Ok(out)
-}
-
 /// Pieces in which memory is read.
 const CHUNK: usize = 1 << 20;
 
@@ -290,6 +277,9 @@ fn pages(
     for &(start, end) in ranges {
         let mut at = start;
         while at < end {
+            if crate::interrupted() {
+                return Err(TraceError::Interrupted.into());
+            }
             let n = CHUNK.min((end - at) as usize);
             memory.read(Addr(at), &mut buf[..n]).map_err(|source| DumpError::Memory { pid, source })?;
             writer.pages(Addr(at), &buf[..n])?;
@@ -299,20 +289,8 @@ fn pages(
     Ok(())
 }
 
-/// Records and embedded files; then the image gets its name.
-fn finish(
-    pid: Pid,
-    mut writer: ImageWriter,
-    meta: &proto::Meta,
-    all: &Collected,
-) -> Result<mcr_image::Written, DumpError> {
-    writer.put(RecordKind::Meta, meta)?;
-    writer.put(RecordKind::Process, &all.process)?;
-    for m in &all.process.modules {
-        if let Some(module) = all.modules.modules().iter().find(|x| x.key == m.key) {
-            writer.file(m, module.elf.bytes())?;
-        }
-    }
+/// Embeds what cannot be opened by name again: deleted files and memfds behind descriptors.
+fn contents(pid: Pid, writer: &mut ImageWriter, all: &Collected) -> Result<(), DumpError> {
     for fd in &all.process.fds {
         let Some(proto::fd::Object::File(f)) = &fd.object else { continue };
         if f.content_key.is_empty() || writer.has_file(&f.content_key) {
@@ -331,6 +309,22 @@ fn finish(
             ..EmbeddedFile::default()
         };
         writer.file(&file, &content)?;
+    }
+    Ok(())
+}
+
+/// Records and ELF files; then the image gets its name.
+fn finish(
+    mut writer: ImageWriter,
+    meta: &proto::Meta,
+    all: &Collected,
+) -> Result<mcr_image::Written, DumpError> {
+    writer.put(RecordKind::Meta, meta)?;
+    writer.put(RecordKind::Process, &all.process)?;
+    for m in &all.process.modules {
+        if let Some(module) = all.modules.modules().iter().find(|x| x.key == m.key) {
+            writer.file(m, module.elf.bytes())?;
+        }
     }
     Ok(writer.finish()?)
 }

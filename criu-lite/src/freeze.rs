@@ -18,9 +18,7 @@ pub struct FreezeOptions {
 
 impl Default for FreezeOptions {
     fn default() -> Self {
-        Self {
-            timeout: Duration::from_secs(5),
-        }
+        Self { timeout: Duration::from_secs(5) }
     }
 }
 
@@ -68,9 +66,7 @@ pub enum FreezeError {
         parent: Pid,
     },
     /// Its main thread has exited.
-    #[error(
-        "the main thread of process {pid} ({comm}) has exited; such a process cannot be carried"
-    )]
+    #[error("the main thread of process {pid} ({comm}) has exited; such a process cannot be carried")]
     LeaderExited {
         /// The pid.
         pid: Pid,
@@ -78,9 +74,7 @@ pub enum FreezeError {
         comm: String,
     },
     /// Job control has stopped it.
-    #[error(
-        "process {pid} ({comm}) is stopped by job control; continue it first: kill -CONT {pid}"
-    )]
+    #[error("process {pid} ({comm}) is stopped by job control; continue it first: kill -CONT {pid}")]
     Stopped {
         /// The pid.
         pid: Pid,
@@ -137,17 +131,10 @@ impl Status {
         Some(Self(String::from_utf8_lossy(&b).into_owned()))
     }
     fn get(&self, key: &str) -> &str {
-        self.0
-            .lines()
-            .find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))
-            .map_or("", str::trim)
+        self.0.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':')).map_or("", str::trim)
     }
     fn num(&self, key: &str) -> i32 {
-        self.get(key)
-            .split_whitespace()
-            .next()
-            .and_then(|w| w.parse().ok())
-            .unwrap_or(0)
+        self.get(key).split_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -167,13 +154,10 @@ pub fn examine(pid: Pid) -> Result<(), FreezeError> {
     }
     /// PF_KTHREAD, include/linux/sched.h.
     const PF_KTHREAD: u64 = 0x0020_0000;
-    let stat =
-        std::fs::read(format!("/proc/{pid}/stat")).map_err(|_| FreezeError::NoProcess { pid })?;
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).map_err(|_| FreezeError::NoProcess { pid })?;
     let stat = String::from_utf8_lossy(&stat).into_owned();
-    let flags = stat
-        .rsplit_once(") ")
-        .and_then(|(_, r)| r.split(' ').nth(6)?.parse::<u64>().ok())
-        .unwrap_or(0);
+    let flags =
+        stat.rsplit_once(") ").and_then(|(_, r)| r.split(' ').nth(6)?.parse::<u64>().ok()).unwrap_or(0);
     if flags & PF_KTHREAD != 0 {
         return Err(FreezeError::KernelThread { pid, comm });
     }
@@ -182,11 +166,7 @@ pub fn examine(pid: Pid) -> Result<(), FreezeError> {
             return Err(FreezeError::LeaderExited { pid, comm });
         }
         Some('Z' | 'X') => {
-            return Err(FreezeError::Zombie {
-                pid,
-                comm,
-                parent: Pid(st.num("PPid")),
-            });
+            return Err(FreezeError::Zombie { pid, comm, parent: Pid(st.num("PPid")) });
         }
         Some('T') => return Err(FreezeError::Stopped { pid, comm }),
         _ => {}
@@ -203,11 +183,7 @@ pub fn examine(pid: Pid) -> Result<(), FreezeError> {
             }
         }
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
-            return Err(FreezeError::Denied {
-                pid,
-                uid,
-                call: "opening /proc/PID/exe",
-            });
+            return Err(FreezeError::Denied { pid, uid, call: "opening /proc/PID/exe" });
         }
         Err(_) => {}
     }
@@ -220,11 +196,7 @@ fn traced(pid: Pid, st: &Status) -> Result<(), FreezeError> {
         return Ok(());
     }
     let tracer_comm = Status::read(tracer).map_or_else(String::new, |s| s.get("Name").to_owned());
-    Err(FreezeError::AlreadyTraced {
-        pid,
-        tracer: Pid(tracer),
-        tracer_comm,
-    })
+    Err(FreezeError::AlreadyTraced { pid, tracer: Pid(tracer), tracer_comm })
 }
 
 /// A process whose threads all sit in event stops. Dropping it lets them go as they were, also on a panic;
@@ -251,11 +223,7 @@ impl Frozen {
             std::io::ErrorKind::NotFound => FreezeError::NoProcess { pid },
             _ => {
                 let uid = Status::read(pid.0).map_or(0, |s| s.num("Uid") as u32);
-                FreezeError::Denied {
-                    pid,
-                    uid,
-                    call: "opening /proc/PID/mem",
-                }
+                FreezeError::Denied { pid, uid, call: "opening /proc/PID/mem" }
             }
         })?;
         let mut this = Self {
@@ -282,9 +250,7 @@ impl Frozen {
                 if self.threads.iter().any(|t| t.tid() == tid) {
                     continue;
                 }
-                match Tracee::seize_with(pid, tid, self.mem.clone())
-                    .and_then(|t| t.interrupt().map(|()| t))
-                {
+                match Tracee::seize_with(pid, tid, self.mem.clone()).and_then(|t| t.interrupt().map(|()| t)) {
                     Ok(t) => fresh.push(t),
                     // It exited between the listing and now.
                     Err(TraceError::Gone { .. }) => {}
@@ -297,8 +263,7 @@ impl Frozen {
             for mut t in fresh {
                 match t.wait_event_stop(Some(deadline)) {
                     Ok(Stop::Group(_)) => {
-                        let comm = Status::read(pid.0)
-                            .map_or_else(String::new, |s| s.get("Name").to_owned());
+                        let comm = Status::read(pid.0).map_or_else(String::new, |s| s.get("Name").to_owned());
                         return Err(FreezeError::Stopped { pid, comm });
                     }
                     Ok(_) => self.threads.push(t),
@@ -325,16 +290,9 @@ impl Frozen {
                     return e;
                 }
                 if matches!(st.get("State").chars().next(), Some('Z' | 'X')) {
-                    return FreezeError::LeaderExited {
-                        pid,
-                        comm: st.get("Name").to_owned(),
-                    };
+                    return FreezeError::LeaderExited { pid, comm: st.get("Name").to_owned() };
                 }
-                return FreezeError::Denied {
-                    pid,
-                    uid: st.num("Uid") as u32,
-                    call: "PTRACE_SEIZE",
-                };
+                return FreezeError::Denied { pid, uid: st.num("Uid") as u32, call: "PTRACE_SEIZE" };
             }
             return FreezeError::NoProcess { pid };
         }
@@ -389,9 +347,7 @@ impl Frozen {
     /// Executes a system call in a thread. The thread's registers are back when it is let go.
     pub fn syscall(&mut self, tid: Tid, nr: i64, args: &[u64]) -> Result<u64, TraceError> {
         self.share_site()?;
-        self.thread(tid)
-            .ok_or(TraceError::Gone { tid })?
-            .syscall(nr, args)
+        self.thread(tid).ok_or(TraceError::Gone { tid })?.syscall(nr, args)
     }
 
     /// Finds the instructions for injections once for all threads.
@@ -405,8 +361,7 @@ impl Frozen {
 
     /// Forgets threads that have exited.
     pub(crate) fn drop_dead(&mut self) {
-        self.threads
-            .retain(|t| !t.state().is_some_and(Stop::is_end));
+        self.threads.retain(|t| !t.state().is_some_and(Stop::is_end));
     }
 
     /// Its mappings.
@@ -506,9 +461,6 @@ pub fn tids(pid: Pid) -> std::io::Result<Vec<Tid>> {
 pub fn reap_hidden(pid: Pid, child: Pid) -> Result<(), TraceError> {
     let mut t = Tracee::seize(pid, Tid(pid.0))?;
     t.stop(Some(Instant::now() + Duration::from_secs(2)))?;
-    t.syscall(
-        libc::SYS_wait4,
-        &[child.0 as u64, 0, libc::__WALL as u64, 0],
-    )?;
+    t.syscall(libc::SYS_wait4, &[child.0 as u64, 0, libc::__WALL as u64, 0])?;
     t.detach()
 }

@@ -11,6 +11,7 @@ pub mod modules;
 pub mod probe;
 pub mod procfs;
 pub mod quiesce;
+mod snapshot;
 #[allow(unsafe_code)]
 mod sys;
 mod threads;
@@ -22,6 +23,4 @@ pub use freeze::{FreezeError, FreezeOptions, Frozen, reap_hidden, tids};
 pub use memory::ProcessMemory;
 pub use quiesce::{QuiesceError, QuiesceOptions, ThreadState};
 pub use sys::{interrupted, pidfd_getfd, set_interrupted};
-pub use tracee::{
-    Agent, Blocked, Call, CloneFlags, Resume, Scratch, Stop, TraceError, Tracee, blocked_call,
-};
+pub use tracee::{Agent, Blocked, Call, CloneFlags, Resume, Scratch, Stop, TraceError, Tracee, blocked_call};

@@ -18,15 +18,8 @@ pub struct ProcessMemory {
 impl ProcessMemory {
     /// Opens /proc/PID/mem for reading and writing.
     pub fn open(pid: Pid) -> std::io::Result<Self> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/{pid}/mem"))?;
-        Ok(Self {
-            pid,
-            file,
-            regions: RwLock::new(None),
-        })
+        let file = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
+        Ok(Self { pid, file, regions: RwLock::new(None) })
     }
 
     /// The process.
@@ -49,11 +42,7 @@ impl ProcessMemory {
                 Ok(n) => done += n,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(source) => {
-                    return Err(Self::error(
-                        addr.add(done as u64),
-                        bytes.len() - done,
-                        source,
-                    ));
+                    return Err(Self::error(addr.add(done as u64), bytes.len() - done, source));
                 }
             }
         }
@@ -93,10 +82,7 @@ impl Memory for ProcessMemory {
             let left = buf.len() - done;
             match self.file.read_at(&mut buf[done..], at.0) {
                 Ok(0) => {
-                    return Err(MemoryError::Unmapped {
-                        addr: at,
-                        len: left,
-                    });
+                    return Err(MemoryError::Unmapped { addr: at, len: left });
                 }
                 Ok(n) => done += n,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}

@@ -20,11 +20,7 @@ fn cache() -> &'static Mutex<HashMap<Key, Option<Arc<ElfFile>>>> {
 pub fn path_of(pid: Pid, v: &Vma) -> PathBuf {
     let link = PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", v.start, v.end));
     // map_files needs CAP_CHECKPOINT_RESTORE (proc(5)); a file that is still there can be opened by name.
-    if std::fs::metadata(&link).is_ok() {
-        link
-    } else {
-        PathBuf::from(format!("/proc/{pid}/root{}", v.name))
-    }
+    if std::fs::metadata(&link).is_ok() { link } else { PathBuf::from(format!("/proc/{pid}/root{}", v.name)) }
 }
 
 fn open(pid: Pid, v: &Vma) -> Option<Arc<ElfFile>> {

@@ -39,18 +39,26 @@ pub fn probes() -> Vec<Probe> {
         .unwrap_or(0);
     for (name, bit, needed_for, required) in CAPS {
         let ok = effective >> bit & 1 == 1;
-        out.push(Probe { name, ok, detail: if ok { "held" } else { "not held" }.into(), needed_for, required });
+        out.push(Probe {
+            name,
+            ok,
+            detail: if ok { "held" } else { "not held" }.into(),
+            needed_for,
+            required,
+        });
     }
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok();
     let scope = scope.as_deref().map(str::trim);
     out.push(Probe {
         name: "ptrace",
         ok: scope != Some("3"),
-        detail: scope.map_or_else(|| "not restricted (no Yama)".into(), |s| format!("kernel.yama.ptrace_scope={s}")),
+        detail: scope
+            .map_or_else(|| "not restricted (no Yama)".into(), |s| format!("kernel.yama.ptrace_scope={s}")),
         needed_for: "everything that touches a process",
         required: true,
     });
-    let release = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
+    let release =
+        nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned()).unwrap_or_default();
     let version = version(&release);
     for (name, since, needed_for, required) in [
         ("PTRACE_GET_RSEQ_CONFIGURATION", (5, 13), "programs on glibc 2.35 and later", true),

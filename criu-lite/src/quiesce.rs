@@ -15,9 +15,7 @@ pub struct QuiesceOptions {
 
 impl Default for QuiesceOptions {
     fn default() -> Self {
-        Self {
-            timeout: Duration::from_secs(5),
-        }
+        Self { timeout: Duration::from_secs(5) }
     }
 }
 
@@ -158,26 +156,15 @@ const LOCK_FUNCTIONS: &[&str] = &[
 ];
 
 /// Looks at one stopped thread.
-pub fn state(
-    t: &Tracee,
-    modules: &ModuleMap,
-    mem: &ProcessMemory,
-) -> Result<ThreadState, TraceError> {
+pub fn state(t: &Tracee, modules: &ModuleMap, mem: &ProcessMemory) -> Result<ThreadState, TraceError> {
     let regs = t.regs()?;
     let call = blocked_call(&regs, mem);
     let regs = call.map_or(regs, |c| c.rewound(&regs));
     let stack = unwind(modules, mem, &regs);
-    let comm =
-        std::fs::read(format!("/proc/{}/task/{}/comm", t.pid(), t.tid())).unwrap_or_default();
+    let comm = std::fs::read(format!("/proc/{}/task/{}/comm", t.pid(), t.tid())).unwrap_or_default();
     let comm = String::from_utf8_lossy(comm.trim_ascii_end()).into_owned();
     let obstacle = obstacle(call.as_ref(), &stack, mem);
-    Ok(ThreadState {
-        tid: t.tid(),
-        comm,
-        call,
-        stack,
-        obstacle,
-    })
+    Ok(ThreadState { tid: t.tid(), comm, call, stack, obstacle })
 }
 
 fn obstacle(call: Option<&Blocked>, stack: &Unwound, mem: &ProcessMemory) -> Option<Obstacle> {
@@ -185,8 +172,7 @@ fn obstacle(call: Option<&Blocked>, stack: &Unwound, mem: &ProcessMemory) -> Opt
         return Some(Obstacle::Running);
     };
     if !syscalls::is_resting(c.nr, &c.args) {
-        let call =
-            syscalls::name(c.nr).map_or_else(|| format!("system call {}", c.nr), str::to_owned);
+        let call = syscalls::name(c.nr).map_or_else(|| format!("system call {}", c.nr), str::to_owned);
         return Some(Obstacle::Busy { call });
     }
     if c.nr == libc::SYS_futex {
@@ -200,19 +186,13 @@ fn obstacle(call: Option<&Blocked>, stack: &Unwound, mem: &ProcessMemory) -> Opt
             .iter()
             .take(4)
             .take_while(|f| !f.in_program())
-            .find_map(|f| {
-                f.base_name()
-                    .filter(|n| LOCK_FUNCTIONS.contains(n))
-                    .map(str::to_owned)
-            });
+            .find_map(|f| f.base_name().filter(|n| LOCK_FUNCTIONS.contains(n)).map(str::to_owned));
         if let Some(function) = lock {
             return Some(Obstacle::Lock { function });
         }
     }
     if !stack.end.is_complete() {
-        return Some(Obstacle::Stack {
-            why: stack.end.to_string(),
-        });
+        return Some(Obstacle::Stack { why: stack.end.to_string() });
     }
     None
 }
@@ -228,15 +208,9 @@ impl Frozen {
     /// What every thread is doing now.
     pub fn states(&mut self) -> Result<Vec<ThreadState>, QuiesceError> {
         let pid = self.pid();
-        let modules = self
-            .modules()
-            .map_err(|source| QuiesceError::Io { pid, source })?;
+        let modules = self.modules().map_err(|source| QuiesceError::Io { pid, source })?;
         let mem = self.memory().clone();
-        let all: Result<Vec<_>, _> = self
-            .threads()
-            .iter()
-            .map(|t| state(t, &modules, &mem))
-            .collect();
+        let all: Result<Vec<_>, _> = self.threads().iter().map(|t| state(t, &modules, &mem)).collect();
         all.map_err(|source| QuiesceError::Trace { pid, source })
     }
 
@@ -289,11 +263,7 @@ impl Frozen {
                 return Err(trace(TraceError::Interrupted));
             }
             if Instant::now() + pause >= deadline {
-                let obstacles = states
-                    .iter()
-                    .filter(|s| !s.quiescent())
-                    .map(ToString::to_string)
-                    .collect();
+                let obstacles = states.iter().filter(|s| !s.quiescent()).map(ToString::to_string).collect();
                 return Err(QuiesceError::Timeout {
                     pid,
                     timeout_ms: options.timeout.as_millis() as u64,

@@ -64,21 +64,13 @@ impl Alarm {
         unsafe {
             let mut sa: libc::sigaction = std::mem::zeroed();
             sa.sa_sigaction = nothing as *const () as usize;
-            check(i64::from(libc::sigaction(
-                Self::SIGNAL,
-                &sa,
-                std::ptr::null_mut(),
-            )))?;
+            check(i64::from(libc::sigaction(Self::SIGNAL, &sa, std::ptr::null_mut())))?;
             let mut ev: libc::sigevent = std::mem::zeroed();
             ev.sigev_notify = libc::SIGEV_THREAD_ID;
             ev.sigev_signo = Self::SIGNAL;
             ev.sigev_notify_thread_id = libc::gettid();
             let mut timer: libc::timer_t = std::ptr::null_mut();
-            check(i64::from(libc::timer_create(
-                libc::CLOCK_MONOTONIC,
-                &mut ev,
-                &mut timer,
-            )))?;
+            check(i64::from(libc::timer_create(libc::CLOCK_MONOTONIC, &mut ev, &mut timer)))?;
             Ok(Self { timer })
         }
     }
@@ -95,14 +87,9 @@ impl Alarm {
     }
 
     fn set(&self, first: Duration, every: Duration) {
-        let ts = |d: Duration| libc::timespec {
-            tv_sec: d.as_secs() as i64,
-            tv_nsec: i64::from(d.subsec_nanos()),
-        };
-        let spec = libc::itimerspec {
-            it_value: ts(first),
-            it_interval: ts(every),
-        };
+        let ts =
+            |d: Duration| libc::timespec { tv_sec: d.as_secs() as i64, tv_nsec: i64::from(d.subsec_nanos()) };
+        let spec = libc::itimerspec { it_value: ts(first), it_interval: ts(every) };
         // SAFETY: the timer lives as long as self.
         unsafe { libc::timer_settime(self.timer, 0, &spec, std::ptr::null_mut()) };
     }
@@ -131,13 +118,10 @@ impl RealTime {
                 return Self { before: None };
             }
             let fifo = libc::sched_param { sched_priority: 50 };
-            if libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &fifo) != 0
-            {
+            if libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &fifo) != 0 {
                 return Self { before: None };
             }
-            Self {
-                before: Some((policy, param)),
-            }
+            Self { before: Some((policy, param)) }
         }
     }
 }
@@ -181,14 +165,7 @@ pub(crate) fn nice(tid: i32) -> i32 {
 pub(crate) fn affinity(tid: i32) -> Vec<u8> {
     let mut buf = vec![0u8; 1024];
     // SAFETY: a live buffer of its length.
-    let n = unsafe {
-        libc::syscall(
-            libc::SYS_sched_getaffinity,
-            tid,
-            buf.len(),
-            buf.as_mut_ptr(),
-        )
-    };
+    let n = unsafe { libc::syscall(libc::SYS_sched_getaffinity, tid, buf.len(), buf.as_mut_ptr()) };
     buf.truncate(n.max(0) as usize);
     buf
 }
@@ -223,11 +200,7 @@ pub(crate) fn pagemap_scan(
             arg.category_mask = not;
             arg.category_anyof_mask = HAS_CONTENT;
             arg.return_mask = HAS_CONTENT;
-            let n = check(i64::from(libc::ioctl(
-                pagemap.as_raw_fd(),
-                PAGEMAP_SCAN,
-                &raw mut arg,
-            )))?;
+            let n = check(i64::from(libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg)))?;
             at = if arg.walk_end > at { arg.walk_end } else { end };
             n
         };

@@ -15,9 +15,7 @@ pub(crate) fn collect(
     page: Addr,
 ) -> Result<Vec<proto::Thread>, TraceError> {
     let tids: Vec<Tid> = frozen.threads().iter().map(|t| t.tid()).collect();
-    tids.into_iter()
-        .map(|tid| one(frozen, tid, states.iter().find(|s| s.tid == tid), page))
-        .collect()
+    tids.into_iter().map(|tid| one(frozen, tid, states.iter().find(|s| s.tid == tid), page)).collect()
 }
 
 fn one(
@@ -32,29 +30,17 @@ fn one(
     let call = crate::blocked_call(&regs, &mem);
     let image_regs = match &call {
         Some(c) => c.rewound(&regs),
-        None => mcr_image::Regs {
-            orig_rax: u64::MAX,
-            ..regs
-        },
+        None => mcr_image::Regs { orig_rax: u64::MAX, ..regs },
     };
     let xstate = t.xstate()?;
     let sigmask = t.sigmask()?;
-    let info = |v: Vec<[u8; 128]>| {
-        v.into_iter()
-            .map(|b| proto::SigInfo {
-                siginfo: b.to_vec(),
-            })
-            .collect()
-    };
+    let info = |v: Vec<[u8; 128]>| v.into_iter().map(|b| proto::SigInfo { siginfo: b.to_vec() }).collect();
     let pending = info(t.pending(false)?);
     let rseq = t.rseq().ok().filter(|r| r.0.0 != 0);
     t.syscall(libc::SYS_sigaltstack, &[0, page.0])?;
     t.syscall(libc::SYS_prctl, &[PR_GET_TID_ADDRESS, page.0 + 64])?;
     t.put_back()?;
-    let word = |n: u64| {
-        mem.u64(page.add(n))
-            .map_err(|source| TraceError::Memory { tid, source })
-    };
+    let word = |n: u64| mem.u64(page.add(n)).map_err(|source| TraceError::Memory { tid, source });
     let (sp, flags, size, clear) = (word(0)?, word(8)?, word(16)?, word(64)?);
     let (robust_list, robust_list_len) = sys::get_robust_list(tid.0).unwrap_or((0, 0));
     let (policy, priority) = sys::scheduler(tid.0);
@@ -67,19 +53,10 @@ fn one(
         sigmask,
         pending,
         // SS_ONSTACK (1) is a state, not a setting.
-        altstack: Some(proto::AltStack {
-            sp,
-            flags: flags as u32 & !1,
-            size,
-        }),
+        altstack: Some(proto::AltStack { sp, flags: flags as u32 & !1, size }),
         robust_list,
         robust_list_len,
-        rseq: rseq.map(|(a, size, signature, flags)| proto::Rseq {
-            addr: a.0,
-            size,
-            signature,
-            flags,
-        }),
+        rseq: rseq.map(|(a, size, signature, flags)| proto::Rseq { addr: a.0, size, signature, flags }),
         clear_child_tid: clear,
         fs_base: regs.fs_base,
         syscall: call.map(|c| proto::SyscallState {

@@ -80,10 +80,7 @@ fn a_forked_child_is_a_whole_copy_and_the_agent_runs_in_it() {
         let child = c.tid();
         assert_eq!(c.memory().maps().unwrap(), maps);
         let cr = c.regs().unwrap();
-        assert_eq!(
-            (cr.rip + 2, cr.rax, cr.rsp),
-            (regs.rip, libc::SYS_epoll_wait as u64, regs.rsp)
-        );
+        assert_eq!((cr.rip + 2, cr.rax, cr.rsp), (regs.rip, libc::SYS_epoll_wait as u64, regs.rsp));
         let mut calls = vec![Call::new(libc::SYS_getpid, &[]); 500];
         calls.push(Call::new(libc::SYS_close, &[9999]));
         let mut a = Agent::install(&mut c, 64).unwrap();
@@ -95,12 +92,7 @@ fn a_forked_child_is_a_whole_copy_and_the_agent_runs_in_it() {
         assert_eq!(c.memory().maps().unwrap(), maps);
         c.kill().unwrap();
         if flags == CloneFlags::Hidden {
-            let r = t
-                .syscall(
-                    libc::SYS_wait4,
-                    &[child.0 as u64, 0, libc::__WALL as u64, 0],
-                )
-                .unwrap();
+            let r = t.syscall(libc::SYS_wait4, &[child.0 as u64, 0, libc::__WALL as u64, 0]).unwrap();
             assert_eq!(r, child.0 as u64);
         }
     }
@@ -155,10 +147,7 @@ fn busy_threads_under_signals_compute_on() {
         .collect();
     let mut sent = 0;
     for round in 0..200 {
-        let mut all: Vec<Tracee> = tids
-            .iter()
-            .map(|&t| Tracee::seize(Pid(pid), Tid(t)).unwrap())
-            .collect();
+        let mut all: Vec<Tracee> = tids.iter().map(|&t| Tracee::seize(Pid(pid), Tid(t)).unwrap()).collect();
         // SAFETY: our own child.
         unsafe { libc::kill(pid, libc::SIGUSR1) };
         sent += 1;

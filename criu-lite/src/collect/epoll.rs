@@ -10,8 +10,5 @@ pub(super) fn collect(o: &Open<'_>) -> proto::Epoll {
         .into_iter()
         .map(|(fd, events, data)| proto::EpollWatch { fd, events, data })
         .collect();
-    proto::Epoll {
-        ino: u64::from(o.number),
-        watches,
-    }
+    proto::Epoll { ino: u64::from(o.number), watches }
 }

@@ -24,14 +24,7 @@ pub(super) fn collect(view: &View<'_>, o: &Open<'_>) -> Result<proto::File, Coll
     match kind {
         libc::S_IFREG | libc::S_IFDIR => {}
         libc::S_IFCHR => {
-            let known = [
-                "/dev/null",
-                "/dev/zero",
-                "/dev/full",
-                "/dev/random",
-                "/dev/urandom",
-                "/dev/tty",
-            ];
+            let known = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"];
             if !known.contains(&path.as_str()) && !path.starts_with("/dev/pts/") {
                 return Err(view.unsupported(
                     o.name(),
@@ -41,11 +34,7 @@ pub(super) fn collect(view: &View<'_>, o: &Open<'_>) -> Result<proto::File, Coll
             }
         }
         _ => {
-            return Err(view.unsupported(
-                o.name(),
-                "unknown kind of file",
-                "have the server close it",
-            ));
+            return Err(view.unsupported(o.name(), "unknown kind of file", "have the server close it"));
         }
     }
     if kind == libc::S_IFREG && !deleted && !memfd {
@@ -83,9 +72,7 @@ pub(super) fn collect(view: &View<'_>, o: &Open<'_>) -> Result<proto::File, Coll
 }
 
 fn seals(o: &Open<'_>) -> u32 {
-    nix::fcntl::fcntl(o.dup, nix::fcntl::FcntlArg::F_GET_SEALS)
-        .unwrap_or(0)
-        .max(0) as u32
+    nix::fcntl::fcntl(o.dup, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap_or(0).max(0) as u32
 }
 
 /// `1: FLOCK  ADVISORY  WRITE 1234 fd:01:5 0 EOF` (proc_locks(5)).

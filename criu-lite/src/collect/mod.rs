@@ -77,10 +77,7 @@ impl Inside<'_> {
     /// Executes system calls in a thread of the target: (number, arguments) → raw result.
     fn calls(&mut self, tid: Tid, calls: &[(i64, [u64; 6])]) -> Result<Vec<i64>, TraceError> {
         let t = self.frozen.thread(tid).ok_or(TraceError::Gone { tid })?;
-        calls
-            .iter()
-            .map(|(nr, args)| t.syscall_raw(*nr, args))
-            .collect()
+        calls.iter().map(|(nr, args)| t.syscall_raw(*nr, args)).collect()
     }
     /// A writable page in the target that the calls may use.
     fn page(&self) -> Addr {
@@ -120,12 +117,7 @@ impl Frozen {
         let trace = |source| CollectError::Trace { pid, source };
         let io = |object: &str, call| {
             let object = object.to_owned();
-            move |source| CollectError::Call {
-                pid,
-                object,
-                call,
-                source,
-            }
+            move |source| CollectError::Call { pid, object, call, source }
         };
         unsupported::check(pid)?;
         let modules = self.modules().map_err(io("its mappings", "reading"))?;
@@ -134,52 +126,24 @@ impl Frozen {
         self.share_site().map_err(trace)?;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
         let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        let page = self
-            .leader()
-            .syscall(libc::SYS_mmap, &[0, 4096, prot, flags, u64::MAX, 0])
-            .map_err(trace)?;
-        let pidfd = self
-            .pidfd()
-            .try_clone_to_owned()
-            .map_err(io("its pidfd", "dup"))?;
-        let view = View {
-            pid,
-            pidfd: pidfd.as_fd(),
-            memory: memory.as_ref(),
-            modules: &modules,
-            vmas: &vmas,
-        };
+        let page =
+            self.leader().syscall(libc::SYS_mmap, &[0, 4096, prot, flags, u64::MAX, 0]).map_err(trace)?;
+        let pidfd = self.pidfd().try_clone_to_owned().map_err(io("its pidfd", "dup"))?;
+        let view =
+            View { pid, pidfd: pidfd.as_fd(), memory: memory.as_ref(), modules: &modules, vmas: &vmas };
         let result = (|| {
             let threads = crate::threads::collect(self, states, Addr(page)).map_err(trace)?;
-            collect(
-                &view,
-                &mut Inside {
-                    frozen: self,
-                    page: Addr(page),
-                },
-                threads,
-            )
+            collect(&view, &mut Inside { frozen: self, page: Addr(page) }, threads)
         })();
         // Also after an error: the page is not the server's.
-        let gone = self
-            .leader()
-            .syscall(libc::SYS_munmap, &[page, 4096])
-            .map_err(trace);
+        let gone = self.leader().syscall(libc::SYS_munmap, &[page, 4096]).map_err(trace);
         let shared = self.leader().pending(true).map_err(trace);
         self.leader().put_back().map_err(trace)?;
         let (mut process, fds) = result?;
         gone?;
-        process.shared_pending = shared?
-            .into_iter()
-            .map(|b| proto::SigInfo {
-                siginfo: b.to_vec(),
-            })
-            .collect();
-        Ok(Collected {
-            process,
-            fds,
-            modules,
-        })
+        process.shared_pending =
+            shared?.into_iter().map(|b| proto::SigInfo { siginfo: b.to_vec() }).collect();
+        Ok(Collected { process, fds, modules })
     }
 }
 
@@ -199,12 +163,7 @@ pub struct View<'a> {
 
 impl View<'_> {
     fn unsupported(&self, object: String, why: &str, next: &str) -> CollectError {
-        CollectError::Unsupported {
-            pid: self.pid,
-            object,
-            why: why.into(),
-            next: next.into(),
-        }
+        CollectError::Unsupported { pid: self.pid, object, why: why.into(), next: next.into() }
     }
 
     fn io<'b>(
@@ -212,25 +171,11 @@ impl View<'_> {
         object: &'b str,
         call: &'static str,
     ) -> impl FnOnce(std::io::Error) -> CollectError + 'b {
-        move |source| CollectError::Call {
-            pid: self.pid,
-            object: object.to_owned(),
-            call,
-            source,
-        }
+        move |source| CollectError::Call { pid: self.pid, object: object.to_owned(), call, source }
     }
 
-    fn errno<'b>(
-        &'b self,
-        object: &'b str,
-        call: &'static str,
-    ) -> impl FnOnce(Errno) -> CollectError + 'b {
-        move |e| CollectError::Call {
-            pid: self.pid,
-            object: object.to_owned(),
-            call,
-            source: e.into(),
-        }
+    fn errno<'b>(&'b self, object: &'b str, call: &'static str) -> impl FnOnce(Errno) -> CollectError + 'b {
+        move |e| CollectError::Call { pid: self.pid, object: object.to_owned(), call, source: e.into() }
     }
 
     fn proc(&self, file: &str) -> PathBuf {
@@ -240,10 +185,7 @@ impl View<'_> {
     fn link(&self, file: &str) -> Result<Vec<u8>, CollectError> {
         let path = self.proc(file);
         let name = path.display().to_string();
-        Ok(std::fs::read_link(&path)
-            .map_err(self.io(&name, "readlink"))?
-            .into_os_string()
-            .into_vec())
+        Ok(std::fs::read_link(&path).map_err(self.io(&name, "readlink"))?.into_os_string().into_vec())
     }
 }
 
@@ -260,11 +202,7 @@ struct Open<'a> {
 
 impl Open<'_> {
     fn name(&self) -> String {
-        format!(
-            "descriptor {} ({})",
-            self.number,
-            String::from_utf8_lossy(&self.link)
-        )
+        format!("descriptor {} ({})", self.number, String::from_utf8_lossy(&self.link))
     }
 }
 
@@ -285,9 +223,7 @@ fn collect(
 }
 
 /// All descriptors, ascending, and our duplicates of them by number.
-pub fn descriptors(
-    view: &View<'_>,
-) -> Result<(Vec<proto::Fd>, HashMap<u32, OwnedFd>), CollectError> {
+pub fn descriptors(view: &View<'_>) -> Result<(Vec<proto::Fd>, HashMap<u32, OwnedFd>), CollectError> {
     let dir = view.proc("fd");
     let name = dir.display().to_string();
     let mut numbers: Vec<u32> = std::fs::read_dir(&dir)
@@ -301,19 +237,12 @@ pub fn descriptors(
     let mut dups = HashMap::with_capacity(numbers.len());
     for number in numbers {
         let label = format!("descriptor {number}");
-        let dup = sys::pidfd_getfd(view.pidfd, number as i32)
-            .map_err(view.errno(&label, "pidfd_getfd"))?;
+        let dup = sys::pidfd_getfd(view.pidfd, number as i32).map_err(view.errno(&label, "pidfd_getfd"))?;
         let path = view.proc(&format!("fdinfo/{number}"));
         let info = FdInfo::parse(&std::fs::read(path).map_err(view.io(&label, "reading fdinfo"))?);
         let link = view.link(&format!("fd/{number}"))?;
         let stat = nix::sys::stat::fstat(&dup).map_err(view.errno(&label, "fstat"))?;
-        let open = Open {
-            number,
-            info,
-            link,
-            stat,
-            dup: &dup,
-        };
+        let open = Open { number, info, link, stat, dup: &dup };
         let object = object(view, &open, &net)?;
         out.push(proto::Fd {
             number,
@@ -371,11 +300,9 @@ struct NetTables {
 
 impl NetTables {
     fn socket(&self, view: &View<'_>, o: &Open<'_>) -> Result<Object, CollectError> {
-        let domain =
-            tcp::int_option(o.dup.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN).unwrap_or(-1);
+        let domain = tcp::int_option(o.dup.as_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN).unwrap_or(-1);
         let kind = tcp::int_option(o.dup.as_fd(), libc::SOL_SOCKET, libc::SO_TYPE).unwrap_or(-1);
-        let protocol =
-            tcp::int_option(o.dup.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL).unwrap_or(-1);
+        let protocol = tcp::int_option(o.dup.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL).unwrap_or(-1);
         Ok(match (domain, kind, protocol) {
             (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
                 Object::Tcp(tcp::collect(view, o, domain)?)
@@ -409,8 +336,7 @@ fn share(pid: Pid, fds: &mut [proto::Fd]) {
         let key = (fds[i].link.clone(), fds[i].flags, fds[i].pos);
         let peers = groups.entry(key).or_default();
         let same = peers.iter().copied().find(|&j| {
-            sys::kcmp_file(pid.0, fds[i].number as i32, pid.0, fds[j].number as i32)
-                .unwrap_or(false)
+            sys::kcmp_file(pid.0, fds[i].number as i32, pid.0, fds[j].number as i32).unwrap_or(false)
         });
         match same {
             Some(j) => fds[i].ofd = fds[j].ofd,

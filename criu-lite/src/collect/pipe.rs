@@ -13,21 +13,13 @@ pub(super) fn collect(view: &View<'_>, o: &Open<'_>) -> Result<proto::Pipe, Coll
     // SAFETY: fcntl(2) F_GETPIPE_SZ takes and returns plain numbers.
     #[allow(unsafe_code)]
     let capacity = unsafe { libc::fcntl(raw(o.dup), libc::F_GETPIPE_SZ) }.max(0) as u32;
-    let contents = if write_end {
-        Vec::new()
-    } else {
-        peek(o, capacity).map_err(view.io(&name, "tee"))?
-    };
+    let contents = if write_end { Vec::new() } else { peek(o, capacity).map_err(view.io(&name, "tee"))? };
     Ok(proto::Pipe {
         ino: o.stat.st_ino,
         write_end,
         capacity,
         contents,
-        fifo_path: if named {
-            String::from_utf8_lossy(&o.link).into_owned()
-        } else {
-            String::new()
-        },
+        fifo_path: if named { String::from_utf8_lossy(&o.link).into_owned() } else { String::new() },
         packet: o.info.flags & libc::O_DIRECT as u32 != 0,
         external: false,
     })
@@ -41,25 +33,16 @@ fn peek(o: &Open<'_>, capacity: u32) -> std::io::Result<Vec<u8>> {
     unsafe { libc::fcntl(w.as_raw_fd(), libc::F_SETPIPE_SZ, capacity) };
     let mut waiting = 0i32;
     // SAFETY: FIONREAD writes one int.
-    check(i64::from(unsafe {
-        libc::ioctl(raw(o.dup), libc::FIONREAD, &mut waiting)
-    }))?;
+    check(i64::from(unsafe { libc::ioctl(raw(o.dup), libc::FIONREAD, &mut waiting) }))?;
     if waiting == 0 {
         return Ok(Vec::new());
     }
     // SAFETY: plain numbers.
-    let n = check(unsafe {
-        libc::tee(
-            raw(o.dup),
-            w.as_raw_fd(),
-            waiting as usize,
-            libc::SPLICE_F_NONBLOCK,
-        )
-    } as i64)?;
+    let n = check(
+        unsafe { libc::tee(raw(o.dup), w.as_raw_fd(), waiting as usize, libc::SPLICE_F_NONBLOCK) } as i64,
+    )?;
     if n != i64::from(waiting) {
-        return Err(std::io::Error::other(format!(
-            "{waiting} bytes wait in the pipe, {n} could be copied"
-        )));
+        return Err(std::io::Error::other(format!("{waiting} bytes wait in the pipe, {n} could be copied")));
     }
     drop(w);
     let mut out = Vec::with_capacity(waiting as usize);

@@ -26,10 +26,7 @@ fn stat(view: &View<'_>) -> Result<Vec<u64>, CollectError> {
     let rest = text.rsplit_once(") ").map_or("", |(_, r)| r);
     Ok(rest
         .split_ascii_whitespace()
-        .map(|w| {
-            w.parse::<i64>()
-                .map_or_else(|_| w.parse().unwrap_or(0), |v| v as u64)
-        })
+        .map(|w| w.parse::<i64>().map_or_else(|_| w.parse().unwrap_or(0), |v| v as u64))
         .collect())
 }
 
@@ -43,19 +40,12 @@ pub(super) fn collect(
     // Field n of proc_pid_stat(5) is f[n - 3].
     let field = |n: usize| f.get(n - 3).copied().unwrap_or(0);
     let word = |key: &str| st.get(key).map(String::as_str).unwrap_or_default();
-    let ids = |key: &str| -> Vec<u32> {
-        word(key)
-            .split_whitespace()
-            .filter_map(|w| w.parse().ok())
-            .collect()
-    };
+    let ids =
+        |key: &str| -> Vec<u32> { word(key).split_whitespace().filter_map(|w| w.parse().ok()).collect() };
     let cap = |key: &str| u64::from_str_radix(word(key), 16).unwrap_or(0);
     let (uid, gid) = (ids("Uid"), ids("Gid"));
     let at = |v: &[u32], n: usize| v.get(n).copied().unwrap_or(0);
-    let text = |file: &str| {
-        view.link(file)
-            .map(|b| String::from_utf8_lossy(&b).into_owned())
-    };
+    let text = |file: &str| view.link(file).map(|b| String::from_utf8_lossy(&b).into_owned());
     let read = |file: &str| std::fs::read(view.proc(file)).unwrap_or_default();
     let page = inside.page();
     let tid = Tid(view.pid.0);
@@ -96,14 +86,9 @@ pub(super) fn collect(
         ppid: field(4) as u32,
         pgid: field(5) as u32,
         sid: field(6) as u32,
-        comm: String::from_utf8_lossy(read("comm").strip_suffix(b"\n").unwrap_or_default())
-            .into_owned(),
+        comm: String::from_utf8_lossy(read("comm").strip_suffix(b"\n").unwrap_or_default()).into_owned(),
         exe_path: exe.strip_suffix(" (deleted)").unwrap_or(&exe).to_owned(),
-        exe_build_id: view
-            .modules
-            .exe()
-            .and_then(|m| m.build_id().map(<[u8]>::to_vec))
-            .unwrap_or_default(),
+        exe_build_id: view.modules.exe().and_then(|m| m.build_id().map(<[u8]>::to_vec)).unwrap_or_default(),
         cwd: text("cwd")?,
         root: text("root")?,
         umask: u32::from_str_radix(word("Umask"), 8).unwrap_or(0o022),
@@ -132,10 +117,7 @@ pub(super) fn collect(
         no_new_privs: word("NoNewPrivs") == "1",
         child_subreaper: subreaper,
         dumpable: said[0].max(0) as u32,
-        oom_score_adj: String::from_utf8_lossy(&read("oom_score_adj"))
-            .trim()
-            .parse()
-            .unwrap_or(0),
+        oom_score_adj: String::from_utf8_lossy(&read("oom_score_adj")).trim().parse().unwrap_or(0),
         threads,
         argv,
         envp,
@@ -166,19 +148,11 @@ fn actions(
     tid: Tid,
 ) -> Result<Vec<proto::SigAction>, CollectError> {
     let page = inside.page();
-    let list: Vec<_> = (1..=64u64)
-        .map(|s| {
-            (
-                libc::SYS_rt_sigaction,
-                [s, 0, page.0 + (s - 1) * 32, 8, 0, 0],
-            )
-        })
-        .collect();
+    let list: Vec<_> =
+        (1..=64u64).map(|s| (libc::SYS_rt_sigaction, [s, 0, page.0 + (s - 1) * 32, 8, 0, 0])).collect();
     let results = calls(view, inside, tid, &list)?;
-    let raw = view
-        .memory
-        .bytes(page, 64 * 32)
-        .map_err(|e| view.io("memory", "read")(std::io::Error::other(e)))?;
+    let raw =
+        view.memory.bytes(page, 64 * 32).map_err(|e| view.io("memory", "read")(std::io::Error::other(e)))?;
     let mut out = Vec::new();
     for (i, r) in results.iter().enumerate() {
         let w = |n: usize| {
@@ -219,25 +193,14 @@ fn limits(text: &str) -> Vec<proto::Rlimit> {
         "Max realtime timeout",
     ];
     let value = |w: &str| {
-        if w == "unlimited" {
-            u64::MAX
-        } else {
-            w.parse().unwrap_or(u64::MAX)
-        }
+        if w == "unlimited" { u64::MAX } else { w.parse().unwrap_or(u64::MAX) }
     };
     NAMES
         .iter()
         .enumerate()
         .filter_map(|(n, name)| {
-            let mut w = text
-                .lines()
-                .find_map(|l| l.strip_prefix(name))?
-                .split_whitespace();
-            Some(proto::Rlimit {
-                resource: n as u32,
-                soft: value(w.next()?),
-                hard: value(w.next()?),
-            })
+            let mut w = text.lines().find_map(|l| l.strip_prefix(name))?.split_whitespace();
+            Some(proto::Rlimit { resource: n as u32, soft: value(w.next()?), hard: value(w.next()?) })
         })
         .collect()
 }
@@ -251,21 +214,9 @@ fn vectors(view: &View<'_>, mm: &proto::Mm) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
     let stack = Addr(mm.start_stack);
     let argc = view.memory.u64(stack).unwrap_or(0).min(MAX_STRINGS as u64);
     let argv = strings(view.memory, stack.add(8), argc as usize);
-    let environ = view
-        .modules
-        .libc()
-        .and_then(|m| m.symbol("environ").or_else(|| m.symbol("__environ")));
-    let envp = environ
-        .and_then(|a| view.memory.u64(a).ok())
-        .map_or(stack.add(16 + argc * 8), Addr);
-    (
-        argv,
-        if envp.0 == 0 {
-            Vec::new()
-        } else {
-            strings(view.memory, envp, MAX_STRINGS)
-        },
-    )
+    let environ = view.modules.libc().and_then(|m| m.symbol("environ").or_else(|| m.symbol("__environ")));
+    let envp = environ.and_then(|a| view.memory.u64(a).ok()).map_or(stack.add(16 + argc * 8), Addr);
+    (argv, if envp.0 == 0 { Vec::new() } else { strings(view.memory, envp, MAX_STRINGS) })
 }
 
 fn strings(memory: &dyn Memory, vector: Addr, max: usize) -> Vec<Vec<u8>> {

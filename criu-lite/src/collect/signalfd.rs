@@ -4,7 +4,5 @@ use super::Open;
 use mcr_image::proto;
 
 pub(super) fn collect(o: &Open<'_>) -> proto::SignalFd {
-    proto::SignalFd {
-        mask: o.info.hex("sigmask").unwrap_or(0),
-    }
+    proto::SignalFd { mask: o.info.hex("sigmask").unwrap_or(0) }
 }

@@ -45,13 +45,7 @@ pub(super) fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> std::io::Resu
     let mut len = buf.len() as libc::socklen_t;
     // SAFETY: buf and len describe a live buffer.
     check(i64::from(unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            level,
-            name,
-            buf.as_mut_ptr().cast(),
-            &mut len,
-        )
+        libc::getsockopt(fd.as_raw_fd(), level, name, buf.as_mut_ptr().cast(), &mut len)
     }))?;
     buf.truncate(len as usize);
     Ok(buf)
@@ -66,11 +60,7 @@ fn options(fd: BorrowedFd<'_>, which: &[(i32, i32)]) -> Vec<proto::SockOpt> {
     which
         .iter()
         .filter_map(|&(level, name)| {
-            Some(proto::SockOpt {
-                level,
-                name,
-                value: option(fd, level, name).ok()?,
-            })
+            Some(proto::SockOpt { level, name, value: option(fd, level, name).ok()? })
         })
         .collect()
 }
@@ -80,45 +70,26 @@ fn options(fd: BorrowedFd<'_>, which: &[(i32, i32)]) -> Vec<proto::SockOpt> {
 pub(super) fn address(o: &Open<'_>, peer: bool) -> Vec<u8> {
     let mut buf = [0u8; 128];
     let mut len = buf.len() as libc::socklen_t;
-    let call = if peer {
-        libc::getpeername
-    } else {
-        libc::getsockname
-    };
+    let call = if peer { libc::getpeername } else { libc::getsockname };
     // SAFETY: buf and len describe a live buffer.
     let r = unsafe { call(raw(o.dup), buf.as_mut_ptr().cast(), &mut len) };
-    if r < 0 {
-        Vec::new()
-    } else {
-        buf[..(len as usize).min(buf.len())].to_vec()
-    }
+    if r < 0 { Vec::new() } else { buf[..(len as usize).min(buf.len())].to_vec() }
 }
 
 /// struct tcp_info starts with the state; of a listener tcpi_sacked (offset 28) is the backlog
 /// (net/ipv4/tcp.c, tcp_get_info).
 fn info(o: &Open<'_>) -> std::io::Result<(u32, u32)> {
     let b = option(o.dup.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO)?;
-    let word = |n: usize| {
-        b.get(n..n + 4)
-            .map_or(0, |w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]))
-    };
+    let word = |n: usize| b.get(n..n + 4).map_or(0, |w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]));
     Ok((b.first().copied().unwrap_or(0).into(), word(28)))
 }
 
-pub(super) fn collect(
-    view: &View<'_>,
-    o: &Open<'_>,
-    domain: i32,
-) -> Result<proto::TcpSocket, CollectError> {
+pub(super) fn collect(view: &View<'_>, o: &Open<'_>, domain: i32) -> Result<proto::TcpSocket, CollectError> {
     let name = o.name();
     let (state, backlog) = info(o).map_err(view.io(&name, "getsockopt TCP_INFO"))?;
     let ulp = option(o.dup.as_fd(), libc::IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default();
     if ulp.iter().any(|&b| b != 0) {
-        return Err(view.unsupported(
-            name,
-            "the kernel encrypts it (kTLS)",
-            "switch kTLS off in the server",
-        ));
+        return Err(view.unsupported(name, "the kernel encrypts it (kTLS)", "switch kTLS off in the server"));
     }
     let mut opts = options(o.dup.as_fd(), OPTIONS);
     opts.extend(options(o.dup.as_fd(), TCP_OPTIONS));
@@ -127,11 +98,7 @@ pub(super) fn collect(
         family: domain as u32,
         state,
         local: address(o, false),
-        peer: if state == LISTEN || state == CLOSE {
-            Vec::new()
-        } else {
-            address(o, true)
-        },
+        peer: if state == LISTEN || state == CLOSE { Vec::new() } else { address(o, true) },
         backlog: if state == LISTEN { backlog } else { 0 },
         options: opts,
         v6only: int_option(o.dup.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY).unwrap_or(0) != 0,

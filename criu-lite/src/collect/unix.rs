@@ -54,9 +54,7 @@ fn dump() -> std::io::Result<HashMap<u64, Entry>> {
     let mut buf = vec![0u8; 1 << 17];
     loop {
         // SAFETY: buf is a live buffer of its length.
-        let n = check(
-            unsafe { libc::recv(sock.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len(), 0) } as i64,
-        )?;
+        let n = check(unsafe { libc::recv(sock.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len(), 0) } as i64)?;
         if !messages(&buf[..n as usize], &mut out) {
             return Ok(out);
         }
@@ -64,13 +62,11 @@ fn dump() -> std::io::Result<HashMap<u64, Entry>> {
 }
 
 fn u16_at(b: &[u8], n: usize) -> u16 {
-    b.get(n..n + 2)
-        .map_or(0, |w| u16::from_ne_bytes([w[0], w[1]]))
+    b.get(n..n + 2).map_or(0, |w| u16::from_ne_bytes([w[0], w[1]]))
 }
 
 fn u32_at(b: &[u8], n: usize) -> u32 {
-    b.get(n..n + 4)
-        .map_or(0, |w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]))
+    b.get(n..n + 4).map_or(0, |w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]))
 }
 
 /// `false` at the end of the dump.
@@ -84,10 +80,7 @@ fn messages(mut b: &[u8], out: &mut HashMap<u64, Entry>) -> bool {
             SOCK_DIAG_BY_FAMILY => {
                 // struct unix_diag_msg: family, type, state, pad, ino, cookie[2]; then attributes.
                 let m = &b[16..len];
-                let mut e = Entry {
-                    state: m.get(2).copied().unwrap_or(0).into(),
-                    ..Entry::default()
-                };
+                let mut e = Entry { state: m.get(2).copied().unwrap_or(0).into(), ..Entry::default() };
                 let mut at = 16;
                 while at + 4 <= m.len() {
                     let l = u16_at(m, at) as usize;
@@ -161,15 +154,12 @@ fn peek(o: &Open<'_>, kind: i32) -> std::io::Result<(Vec<u8>, Vec<u32>)> {
     let n = unsafe { libc::recv(raw(o.dup), buf.as_mut_ptr().cast(), buf.len(), flags) };
     match check(n as i64) {
         Ok(n) => buf.truncate(n as usize),
-        Err(
-            nix::errno::Errno::EAGAIN | nix::errno::Errno::ENOTCONN | nix::errno::Errno::EINVAL,
-        ) => buf.clear(),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::ENOTCONN | nix::errno::Errno::EINVAL) => {
+            buf.clear()
+        }
         Err(e) => return Err(e.into()),
     }
-    let lengths = if kind == libc::SOCK_STREAM || buf.is_empty() {
-        Vec::new()
-    } else {
-        vec![buf.len() as u32]
-    };
+    let lengths =
+        if kind == libc::SOCK_STREAM || buf.is_empty() { Vec::new() } else { vec![buf.len() as u32] };
     Ok((buf, lengths))
 }

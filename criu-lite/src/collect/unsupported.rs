@@ -6,21 +6,12 @@ use mcr_image::Pid;
 /// Refuses what would be lost.
 pub(super) fn check(pid: Pid) -> Result<(), CollectError> {
     let no = |object: String, why: &str, next: &str| {
-        Err(CollectError::Unsupported {
-            pid,
-            object,
-            why: why.into(),
-            next: next.into(),
-        })
+        Err(CollectError::Unsupported { pid, object, why: why.into(), next: next.into() })
     };
     let status = std::fs::read(format!("/proc/{pid}/status")).unwrap_or_default();
     let status = String::from_utf8_lossy(&status).into_owned();
-    let get = |key: &str| {
-        status
-            .lines()
-            .find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))
-            .map_or("", str::trim)
-    };
+    let get =
+        |key: &str| status.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':')).map_or("", str::trim);
     if !matches!(get("Seccomp"), "" | "0") {
         return no(
             "its seccomp filter".into(),
@@ -43,11 +34,7 @@ pub(super) fn check(pid: Pid) -> Result<(), CollectError> {
         }
         let what = format!("its child process {child}");
         return if state == 'Z' {
-            no(
-                what,
-                "it has ended and was not waited for",
-                "try again when the server has collected it",
-            )
+            no(what, "it has ended and was not waited for", "try again when the server has collected it")
         } else {
             no(
                 what,
@@ -63,11 +50,7 @@ fn children(pid: Pid) -> Vec<Pid> {
     let tids = crate::tids(pid).unwrap_or_default();
     tids.iter()
         .filter_map(|t| std::fs::read_to_string(format!("/proc/{pid}/task/{t}/children")).ok())
-        .flat_map(|s| {
-            s.split_whitespace()
-                .filter_map(|w| w.parse().ok().map(Pid))
-                .collect::<Vec<_>>()
-        })
+        .flat_map(|s| s.split_whitespace().filter_map(|w| w.parse().ok().map(Pid)).collect::<Vec<_>>())
         .collect()
 }
 
@@ -75,14 +58,7 @@ fn children(pid: Pid) -> Vec<Pid> {
 fn state_of(pid: Pid) -> (char, i64) {
     let b = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
     let s = String::from_utf8_lossy(&b);
-    let f: Vec<&str> = s
-        .rsplit_once(") ")
-        .map_or("", |(_, r)| r)
-        .split_whitespace()
-        .collect();
+    let f: Vec<&str> = s.rsplit_once(") ").map_or("", |(_, r)| r).split_whitespace().collect();
     let state = f.first().and_then(|w| w.chars().next()).unwrap_or('Z');
-    (
-        state,
-        f.get(38 - 3).and_then(|w| w.parse().ok()).unwrap_or(0),
-    )
+    (state, f.get(38 - 3).and_then(|w| w.parse().ok()).unwrap_or(0))
 }

@@ -19,8 +19,7 @@ impl FdInfo {
     pub fn parse(text: &[u8]) -> Self {
         let mut out = Self::default();
         for line in text.split(|&b| b == b'\n').filter(|l| !l.is_empty()) {
-            let (key, value) =
-                cut(line, b':').map_or((&b""[..], line), |(k, v)| (trim(k), trim(v)));
+            let (key, value) = cut(line, b':').map_or((&b""[..], line), |(k, v)| (trim(k), trim(v)));
             let text = std::str::from_utf8(value).unwrap_or("");
             match key {
                 b"pos" => out.pos = text.parse().unwrap_or(0),
@@ -34,10 +33,7 @@ impl FdInfo {
     /// First value of a key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&[u8]> {
-        self.rest
-            .iter()
-            .find(|(k, _)| k == key.as_bytes())
-            .map(|(_, v)| v.as_slice())
+        self.rest.iter().find(|(k, _)| k == key.as_bytes()).map(|(_, v)| v.as_slice())
     }
 
     /// A decimal value.
@@ -93,16 +89,9 @@ mod tests {
             b"pos:\t0\nflags:\t02000002\nmnt_id:\t15\ntfd:        7 events:       19 data: 55d0000000a0  pos:0 ino:3d sdev:9\ntfd:        8 events: 80000001 data:                8\n",
         );
         assert_eq!(f.flags, 0o2_000_002);
-        assert_eq!(
-            f.watches(),
-            vec![(7, 0x19, 0x55d0_0000_00a0), (8, 0x8000_0001, 8)]
-        );
-        let t =
-            FdInfo::parse(b"clockid: 1\nticks: 3\nit_value: (1, 5)\nit_interval: (0, 50000000)\n");
-        assert_eq!(
-            (t.dec("ticks"), t.time("it_value")),
-            (Some(3), Some(1_000_000_005))
-        );
+        assert_eq!(f.watches(), vec![(7, 0x19, 0x55d0_0000_00a0), (8, 0x8000_0001, 8)]);
+        let t = FdInfo::parse(b"clockid: 1\nticks: 3\nit_value: (1, 5)\nit_interval: (0, 50000000)\n");
+        assert_eq!((t.dec("ticks"), t.time("it_value")), (Some(3), Some(1_000_000_005)));
         assert_eq!(t.time("it_interval"), Some(50_000_000));
     }
 }

@@ -28,9 +28,8 @@ pub struct MapsLine {
 
 /// Reads and parses the map of a process.
 pub fn read(pid: Pid) -> std::io::Result<Vec<MapsLine>> {
-    parse(&std::fs::read(format!("/proc/{pid}/maps"))?).map_err(|line| {
-        std::io::Error::other(format!("/proc/{pid}/maps: cannot read the line {line:?}"))
-    })
+    parse(&std::fs::read(format!("/proc/{pid}/maps"))?)
+        .map_err(|line| std::io::Error::other(format!("/proc/{pid}/maps: cannot read the line {line:?}")))
 }
 
 /// Parses a whole file; the error is the line that is not understood.
@@ -64,15 +63,10 @@ pub fn line(l: &[u8]) -> Option<MapsLine> {
     Some(MapsLine {
         start: Addr(hex(start)?),
         end: Addr(hex(end)?),
-        prot: bit(r, b'r', libc::PROT_READ)
-            | bit(w, b'w', libc::PROT_WRITE)
-            | bit(x, b'x', libc::PROT_EXEC),
+        prot: bit(r, b'r', libc::PROT_READ) | bit(w, b'w', libc::PROT_WRITE) | bit(x, b'x', libc::PROT_EXEC),
         shared: s == b's',
         offset: hex(offset)?,
-        dev: libc::makedev(
-            u32::try_from(hex(major)?).ok()?,
-            u32::try_from(hex(minor)?).ok()?,
-        ),
+        dev: libc::makedev(u32::try_from(hex(major)?).ok()?, u32::try_from(hex(minor)?).ok()?),
         ino,
         name,
         deleted,
@@ -104,10 +98,7 @@ mod tests {
         let text = b"7f00-8f00 rw-p 00001000 fd:01 12                         /tmp/\xff  x \n8f00-9f00 r-xs 00000000 00:01 9                          /memfd:a (deleted)\n9f00-af00 ---p 00000000 00:00 0 \naf00-bf00 rw-p 00000000 00:00 0                          [heap]\n";
         let m = parse(text).unwrap();
         assert_eq!(m[0].name, b"/tmp/\xff  x ");
-        assert_eq!(
-            (m[0].dev, m[0].ino, m[0].offset),
-            (libc::makedev(0xfd, 1), 12, 0x1000)
-        );
+        assert_eq!((m[0].dev, m[0].ino, m[0].offset), (libc::makedev(0xfd, 1), 12, 0x1000));
         assert!(m[1].deleted && m[1].shared && m[1].name == b"/memfd:a");
         assert_eq!((m[2].prot, m[2].name.len()), (0, 0));
         assert_eq!(m[3].name, b"[heap]");

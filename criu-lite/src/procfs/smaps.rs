@@ -15,14 +15,9 @@ fn parse(text: &[u8]) -> HashMap<Addr, Vec<String>> {
     for l in text.split(|&b| b == b'\n') {
         if let Some(flags) = l.strip_prefix(b"VmFlags:") {
             if let (Some(at), Ok(flags)) = (at, std::str::from_utf8(flags)) {
-                out.insert(
-                    at,
-                    flags.split_ascii_whitespace().map(str::to_owned).collect(),
-                );
+                out.insert(at, flags.split_ascii_whitespace().map(str::to_owned).collect());
             }
-        } else if l
-            .first()
-            .is_some_and(|c| c.is_ascii_hexdigit() && !c.is_ascii_uppercase())
+        } else if l.first().is_some_and(|c| c.is_ascii_hexdigit() && !c.is_ascii_uppercase())
             && let Some(m) = maps::line(l)
         {
             at = Some(m.start);
@@ -39,9 +34,6 @@ mod tests {
     fn own_smaps() {
         let f = vm_flags(Pid(std::process::id() as i32)).unwrap();
         assert!(f.len() > 5);
-        assert!(
-            f.values().any(|v| v.iter().any(|x| x == "gd")),
-            "a stack grows down"
-        );
+        assert!(f.values().any(|v| v.iter().any(|x| x == "gd")), "a stack grows down");
     }
 }

@@ -65,11 +65,7 @@ impl Call {
         for (to, from) in a.iter_mut().zip(args) {
             *to = *from;
         }
-        Self {
-            nr,
-            args: a,
-            result: 0,
-        }
+        Self { nr, args: a, result: 0 }
     }
 
     /// The result, or the errno.
@@ -95,24 +91,15 @@ impl<'t> Agent<'t> {
         if tracee.kind != Kind::Disposable {
             return Err(TraceError::UnexpectedStop {
                 tid: tracee.tid,
-                stop: "the agent runs in children of the engine only; inject the calls one by one"
-                    .into(),
+                stop: "the agent runs in children of the engine only; inject the calls one by one".into(),
             });
         }
         let len = 4096 + (capacity.max(1) as u64 * 64).next_multiple_of(4096);
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
         let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let code = tracee.syscall(libc::SYS_mmap, &[0, len, prot, flags, u64::MAX, 0])?;
-        let this = Self {
-            tracee,
-            code: Addr(code),
-            len,
-            capacity: capacity.max(1),
-        };
-        this.tracee
-            .mem
-            .write(this.code, blob())
-            .map_err(this.tracee.mem_error())?;
+        let this = Self { tracee, code: Addr(code), len, capacity: capacity.max(1) };
+        this.tracee.mem.write(this.code, blob()).map_err(this.tracee.mem_error())?;
         let rx = (libc::PROT_READ | libc::PROT_EXEC) as u64;
         this.tracee.syscall(libc::SYS_mprotect, &[code, 4096, rx])?;
         Ok(this)
@@ -150,14 +137,9 @@ impl<'t> Agent<'t> {
             loop {
                 match t.wait(None)? {
                     Stop::Signal(libc::SIGTRAP) => break,
-                    Stop::Event | Stop::Group(_) | Stop::Special(_) => {
-                        t.resume_raw(Resume::Cont, 0)?
-                    }
+                    Stop::Event | Stop::Group(_) | Stop::Special(_) => t.resume_raw(Resume::Cont, 0)?,
                     s if s.is_end() => {
-                        return Err(TraceError::Died {
-                            tid: t.tid,
-                            how: format!("{s:?} in the agent"),
-                        });
+                        return Err(TraceError::Died { tid: t.tid, how: format!("{s:?} in the agent") });
                     }
                     s => {
                         return Err(TraceError::UnexpectedStop {
@@ -169,8 +151,7 @@ impl<'t> Agent<'t> {
             }
             let back = t.mem.bytes(table, part.len() * 64).map_err(t.mem_error())?;
             for (c, b) in part.iter_mut().zip(back.chunks_exact(64)) {
-                c.result =
-                    i64::from_le_bytes([b[56], b[57], b[58], b[59], b[60], b[61], b[62], b[63]]);
+                c.result = i64::from_le_bytes([b[56], b[57], b[58], b[59], b[60], b[61], b[62], b[63]]);
             }
         }
         Ok(())
@@ -180,10 +161,7 @@ impl<'t> Agent<'t> {
 impl Drop for Agent<'_> {
     fn drop(&mut self) {
         // Fails only when the target is gone, and its memory with it.
-        drop(
-            self.tracee
-                .syscall(libc::SYS_munmap, &[self.code.0, self.len]),
-        );
+        drop(self.tracee.syscall(libc::SYS_munmap, &[self.code.0, self.len]));
     }
 }
 

@@ -84,15 +84,7 @@ pub enum TraceError {
 impl TraceError {
     /// ESRCH becomes [`TraceError::Gone`].
     pub(crate) fn of(tid: Tid, request: &'static str, errno: Errno) -> Self {
-        if errno == Errno::ESRCH {
-            Self::Gone { tid }
-        } else {
-            Self::Request {
-                tid,
-                request,
-                errno,
-            }
-        }
+        if errno == Errno::ESRCH { Self::Gone { tid } } else { Self::Request { tid, request, errno } }
     }
 
     /// The errno of an injected call or a request.

@@ -32,8 +32,7 @@ impl SigFrame {
         let fp = (top - xlen - 64) & !63;
         let at = (fp - 8 - UC_SIZE - SIGINFO_SIZE) & !15;
         let mut b = vec![0u8; (fp + xlen + 4 - at) as usize];
-        let mut put =
-            |off: u64, v: u64| b[off as usize..off as usize + 8].copy_from_slice(&v.to_le_bytes());
+        let mut put = |off: u64, v: u64| b[off as usize..off as usize + 8].copy_from_slice(&v.to_le_bytes());
         put(0, restorer.0);
         let uc = 8;
         put(uc, UC_FLAGS);
@@ -76,9 +75,6 @@ impl SigFrame {
             b[f + 480..f + 484].copy_from_slice(&(xlen as u32).to_le_bytes());
             b[f + xstate.len()..].copy_from_slice(&FP_XSTATE_MAGIC2.to_le_bytes());
         }
-        Self {
-            at: Addr(at),
-            bytes: b,
-        }
+        Self { at: Addr(at), bytes: b }
     }
 }

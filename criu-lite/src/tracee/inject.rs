@@ -42,11 +42,7 @@ impl Tracee {
     pub fn syscall(&mut self, nr: i64, args: &[u64]) -> Result<u64, TraceError> {
         let r = self.syscall_raw(nr, args)?;
         if (-4095..0).contains(&r) {
-            return Err(TraceError::Syscall {
-                tid: self.tid,
-                nr,
-                errno: Errno::from_raw(-r as i32),
-            });
+            return Err(TraceError::Syscall { tid: self.tid, nr, errno: Errno::from_raw(-r as i32) });
         }
         Ok(r as u64)
     }
@@ -57,8 +53,7 @@ impl Tracee {
         let a = |i: usize| args.get(i).copied().unwrap_or(0);
         let mut regs = self.base();
         regs.rax = nr as u64;
-        (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9) =
-            (a(0), a(1), a(2), a(3), a(4), a(5));
+        (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9) = (a(0), a(1), a(2), a(3), a(4), a(5));
         self.step_syscall(&regs)?;
         Ok(ptrace::get_regs(self.tid)?.rax as i64)
     }
@@ -83,14 +78,9 @@ impl Tracee {
             match stop {
                 s if s == want => return Ok(()),
                 // A pending interrupt, or a job-control stop: goes on, the call is not disturbed.
-                Stop::Event | Stop::Group(_) | Stop::Special(_) => {
-                    self.resume_raw(Resume::Syscall, 0)?
-                }
+                Stop::Event | Stop::Group(_) | Stop::Special(_) => self.resume_raw(Resume::Syscall, 0)?,
                 Stop::Exited(_) | Stop::Killed(_) => {
-                    return Err(TraceError::Died {
-                        tid: self.tid,
-                        how: format!("{stop:?}"),
-                    });
+                    return Err(TraceError::Died { tid: self.tid, how: format!("{stop:?}") });
                 }
                 s => {
                     return Err(TraceError::UnexpectedStop {
@@ -108,9 +98,7 @@ impl Tracee {
             return Ok(());
         }
         let began = match self.state {
-            Some(s @ (Stop::Event | Stop::SyscallEntry | Stop::SyscallExit | Stop::Special(_))) => {
-                s
-            }
+            Some(s @ (Stop::Event | Stop::SyscallEntry | Stop::SyscallExit | Stop::Special(_))) => s,
             // A child that was handed over in a signal stop: the signal is dropped by the caller's choice.
             Some(s @ Stop::Signal(_)) if self.kind == Kind::Disposable => s,
             s => {
@@ -132,11 +120,7 @@ impl Tracee {
         }
         let regs = ptrace::get_regs(self.tid)?;
         let sigmask = ptrace::get_sigmask(self.tid)?;
-        let mut base = Regs {
-            orig_rax: u64::MAX,
-            rip: site.syscall.0,
-            ..regs
-        };
+        let mut base = Regs { orig_rax: u64::MAX, rip: site.syscall.0, ..regs };
         // No single-stepping or direction flag in our calls.
         base.eflags &= !0x500;
         let mut stack = None;
@@ -148,34 +132,18 @@ impl Tracee {
                 None => regs,
             };
             let frame = SigFrame::new(&on, &ptrace::get_xstate(self.tid)?, sigmask, restorer);
-            let under = self
-                .mem
-                .bytes(frame.at, frame.bytes.len())
-                .map_err(self.mem_error())?;
-            self.mem
-                .write(frame.at, &frame.bytes)
-                .map_err(self.mem_error())?;
+            let under = self.mem.bytes(frame.at, frame.bytes.len()).map_err(self.mem_error())?;
+            self.mem.write(frame.at, &frame.bytes).map_err(self.mem_error())?;
             stack = Some((frame.at, under));
             base.rip = insn.0;
             base.rsp = frame.at.0;
         }
-        self.session = Some(Session {
-            regs,
-            replaced: false,
-            sigmask,
-            stack,
-            began,
-            base,
-        });
+        self.session = Some(Session { regs, replaced: false, sigmask, stack, began, base });
         // Registers first: from here on a dead engine means: one harmless call, then rt_sigreturn.
         let mut first = base;
         first.rax = libc::SYS_getpid as u64;
         ptrace::set_regs(self.tid, &first)?;
-        let mask = if self.kind == Kind::Attached {
-            ALL_SIGNALS
-        } else {
-            ALL_BUT_TRAP
-        };
+        let mask = if self.kind == Kind::Attached { ALL_SIGNALS } else { ALL_BUT_TRAP };
         ptrace::set_sigmask(self.tid, mask)
     }
 
@@ -208,10 +176,7 @@ impl Tracee {
                         Stop::Group(_) => return Ok(()),
                         Stop::Signal(sig) => self.resume_raw(Resume::Cont, sig)?,
                         s if s.is_end() => {
-                            return Err(TraceError::Died {
-                                tid: self.tid,
-                                how: format!("{s:?}"),
-                            });
+                            return Err(TraceError::Died { tid: self.tid, how: format!("{s:?}") });
                         }
                         _ => self.resume_raw(Resume::Cont, 0)?,
                     }
@@ -239,8 +204,7 @@ impl Tracee {
     pub(super) fn settle(&mut self) -> Result<(), TraceError> {
         let mut regs = ptrace::get_regs(self.tid)?;
         let nr = regs.orig_rax as i64;
-        if nr >= 0 && regs.rax as i64 == restart::EINTR && restart::interrupted(nr, restart::EINTR)
-        {
+        if nr >= 0 && regs.rax as i64 == restart::EINTR && restart::interrupted(nr, restart::EINTR) {
             regs.rax = restart::ERESTARTNOHAND as u64;
             ptrace::set_regs(self.tid, &regs)?;
         }
@@ -301,22 +265,15 @@ impl Tracee {
         if flags == CloneFlags::Sibling {
             f |= libc::CLONE_PARENT as u64;
         }
-        let child = page
-            .tracee()
-            .syscall(libc::SYS_clone, &[f, at.0 + 64, 0, 0, 0])?;
+        let child = page.tracee().syscall(libc::SYS_clone, &[f, at.0 + 64, 0, 0, 0])?;
         let tid = Tid(child as i32);
         // The first stop of an automatically attached child is an event stop.
         ptrace::wait(tid, None)?;
         let mut t = Tracee::from_stopped_child(tid)?;
         let parent = page.tracee();
         let (regs, mask) = (parent.regs()?, parent.sigmask()?);
-        let regs = blocked_call(&regs, &parent.mem).map_or(
-            Regs {
-                orig_rax: u64::MAX,
-                ..regs
-            },
-            |b| b.rewound(&regs),
-        );
+        let regs = blocked_call(&regs, &parent.mem)
+            .map_or(Regs { orig_rax: u64::MAX, ..regs }, |b| b.rewound(&regs));
         ptrace::set_sigmask(tid, mask)?;
         ptrace::set_regs(tid, &regs)?;
         t.syscall(libc::SYS_munmap, &[at.0, 4096])?;

@@ -125,43 +125,20 @@ impl Tracee {
     pub fn from_stopped_child(tid: Tid) -> Result<Self, TraceError> {
         let pid = Pid(tid.0);
         let options = (libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD) as usize;
-        ptrace::request(
-            tid,
-            "PTRACE_SETOPTIONS",
-            libc::PTRACE_SETOPTIONS,
-            0,
-            options,
-        )?;
+        ptrace::request(tid, "PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, 0, options)?;
         let mem = ProcessMemory::open(pid).map_err(proc_error(format!("/proc/{pid}/mem")))?;
-        Ok(Self::new(
-            pid,
-            tid,
-            Kind::Disposable,
-            Some(Stop::Event),
-            Arc::new(mem),
-            options,
-        ))
+        Ok(Self::new(pid, tid, Kind::Disposable, Some(Stop::Event), Arc::new(mem), options))
     }
 
     /// A further thread of a disposable process (it came by PTRACE_O_TRACECLONE or CLONE_PTRACE). Its first
     /// stop is waited for.
     pub fn from_new_thread(&self, tid: Tid) -> Result<Self, TraceError> {
-        let mut t = Self::new(
-            self.pid,
-            tid,
-            self.kind,
-            None,
-            self.mem.clone(),
-            self.options,
-        );
+        let mut t = Self::new(self.pid, tid, self.kind, None, self.mem.clone(), self.options);
         t.site = self.site;
         let stop = t.wait(None)?;
         if stop.is_end() {
             t.detached = true;
-            return Err(TraceError::Died {
-                tid,
-                how: format!("{stop:?}"),
-            });
+            return Err(TraceError::Died { tid, how: format!("{stop:?}") });
         }
         Ok(t)
     }
@@ -215,8 +192,7 @@ impl Tracee {
     /// Opens /proc/PID/mem again and forgets cached instruction addresses: after an `execve` in the tracee.
     pub fn reopen_memory(&mut self) -> Result<(), TraceError> {
         let pid = self.pid;
-        self.mem =
-            Arc::new(ProcessMemory::open(pid).map_err(proc_error(format!("/proc/{pid}/mem")))?);
+        self.mem = Arc::new(ProcessMemory::open(pid).map_err(proc_error(format!("/proc/{pid}/mem")))?);
         self.site = None;
         Ok(())
     }
@@ -224,13 +200,7 @@ impl Tracee {
     /// Sets further PTRACE_O_* options (those that this layer needs stay set).
     pub fn add_options(&mut self, options: i32) -> Result<(), TraceError> {
         let all = self.options | options as usize;
-        ptrace::request(
-            self.tid,
-            "PTRACE_SETOPTIONS",
-            libc::PTRACE_SETOPTIONS,
-            0,
-            all,
-        )?;
+        ptrace::request(self.tid, "PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, 0, all)?;
         self.options = all;
         Ok(())
     }
@@ -238,13 +208,7 @@ impl Tracee {
     /// PTRACE_GETEVENTMSG: the new tid of a clone event, the status of an exit event.
     pub fn event_message(&self) -> Result<u64, TraceError> {
         let mut v = 0u64;
-        ptrace::request(
-            self.tid,
-            "PTRACE_GETEVENTMSG",
-            libc::PTRACE_GETEVENTMSG,
-            0,
-            (&raw mut v) as usize,
-        )?;
+        ptrace::request(self.tid, "PTRACE_GETEVENTMSG", libc::PTRACE_GETEVENTMSG, 0, (&raw mut v) as usize)?;
         Ok(v)
     }
 
@@ -282,10 +246,7 @@ impl Tracee {
                     self.resume(Resume::Cont, 0)?;
                 }
                 Stop::Exited(_) | Stop::Killed(_) => {
-                    return Err(TraceError::Died {
-                        tid: self.tid,
-                        how: format!("{stop:?}"),
-                    });
+                    return Err(TraceError::Died { tid: self.tid, how: format!("{stop:?}") });
                 }
             }
         }
@@ -447,13 +408,7 @@ impl Tracee {
             Some(Stop::Signal(s)) => s,
             _ => 0,
         };
-        ptrace::request(
-            self.tid,
-            "PTRACE_DETACH",
-            libc::PTRACE_DETACH,
-            0,
-            sig as usize,
-        )?;
+        ptrace::request(self.tid, "PTRACE_DETACH", libc::PTRACE_DETACH, 0, sig as usize)?;
         Ok(())
     }
 

@@ -41,12 +41,8 @@ const EINTR_CALLS: &[i64] = &[
 ];
 
 /// Calls that use a restart block.
-const BLOCK_CALLS: &[i64] = &[
-    libc::SYS_poll,
-    libc::SYS_nanosleep,
-    libc::SYS_futex,
-    libc::SYS_clock_nanosleep,
-];
+const BLOCK_CALLS: &[i64] =
+    &[libc::SYS_poll, libc::SYS_nanosleep, libc::SYS_futex, libc::SYS_clock_nanosleep];
 
 /// The call that a stopped thread is blocked in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,12 +61,7 @@ impl Blocked {
     /// The registers with which the thread executes the call from its beginning.
     #[must_use]
     pub fn rewound(&self, regs: &Regs) -> Regs {
-        Regs {
-            rip: self.at.0,
-            rax: self.nr as u64,
-            orig_rax: u64::MAX,
-            ..*regs
-        }
+        Regs { rip: self.at.0, rax: self.nr as u64, orig_rax: u64::MAX, ..*regs }
     }
 }
 
@@ -86,38 +77,19 @@ pub fn blocked_call(regs: &Regs, mem: &ProcessMemory) -> Option<Blocked> {
     let (orig, rax) = (regs.orig_rax as i64, regs.rax as i64);
     if orig >= 0 && interrupted(orig, rax) {
         let at = Addr(regs.rip.wrapping_sub(INSN));
-        let nr = if orig == libc::SYS_restart_syscall {
-            original(mem, at, rax)?
-        } else {
-            orig
-        };
-        return Some(Blocked {
-            nr,
-            args,
-            raw_result: rax,
-            at,
-        });
+        let nr = if orig == libc::SYS_restart_syscall { original(mem, at, rax)? } else { orig };
+        return Some(Blocked { nr, args, raw_result: rax, at });
     }
     if orig < 0 && insn_at(regs.rip) && (0..1024).contains(&rax) {
         let at = Addr(regs.rip);
-        let nr = if rax == libc::SYS_restart_syscall {
-            original(mem, at, RESTARTBLOCK)?
-        } else {
-            rax
-        };
-        return Some(Blocked {
-            nr,
-            args,
-            raw_result: 0,
-            at,
-        });
+        let nr = if rax == libc::SYS_restart_syscall { original(mem, at, RESTARTBLOCK)? } else { rax };
+        return Some(Blocked { nr, args, raw_result: 0, at });
     }
     None
 }
 
 pub(super) fn interrupted(nr: i64, rax: i64) -> bool {
-    matches!(rax, -512 | -513 | ERESTARTNOHAND | RESTARTBLOCK)
-        || (rax == EINTR && EINTR_CALLS.contains(&nr))
+    matches!(rax, -512 | -513 | ERESTARTNOHAND | RESTARTBLOCK) || (rax == EINTR && EINTR_CALLS.contains(&nr))
 }
 
 /// The call behind restart_syscall, from the `mov $nr,%eax` before the instruction: the registers of the
@@ -127,17 +99,10 @@ fn original(mem: &ProcessMemory, at: Addr, rax: i64) -> Option<i64> {
         return None;
     }
     const BACK: u64 = 48;
-    let code = mem
-        .bytes(Addr(at.0.checked_sub(BACK)?), BACK as usize)
-        .ok()?;
+    let code = mem.bytes(Addr(at.0.checked_sub(BACK)?), BACK as usize).ok()?;
     // `b8 imm32` nearest to the instruction with the number of a call that has a restart block.
     (0..=code.len() - 5).rev().find_map(|i| {
-        let imm = i64::from(u32::from_le_bytes([
-            code[i + 1],
-            code[i + 2],
-            code[i + 3],
-            code[i + 4],
-        ]));
+        let imm = i64::from(u32::from_le_bytes([code[i + 1], code[i + 2], code[i + 3], code[i + 4]]));
         (code[i] == 0xb8 && BLOCK_CALLS.contains(&imm)).then_some(imm)
     })
 }

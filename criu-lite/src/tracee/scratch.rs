@@ -16,11 +16,7 @@ impl<'t> Scratch<'t> {
         let len = (len.max(1) as u64).next_multiple_of(4096);
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
         let addr = tracee.syscall(libc::SYS_mmap, &[0, len, prot as u64, flags, u64::MAX, 0])?;
-        Ok(Self {
-            tracee,
-            addr: Addr(addr),
-            len,
-        })
+        Ok(Self { tracee, addr: Addr(addr), len })
     }
 
     /// Readable and writable.
@@ -53,27 +49,18 @@ impl<'t> Scratch<'t> {
 
     /// Writes at an offset (also where the protection is read-only).
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), TraceError> {
-        self.tracee
-            .mem
-            .write(self.addr.add(offset), bytes)
-            .map_err(self.tracee.mem_error())
+        self.tracee.mem.write(self.addr.add(offset), bytes).map_err(self.tracee.mem_error())
     }
 
     /// Reads at an offset.
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, TraceError> {
-        self.tracee
-            .mem
-            .bytes(self.addr.add(offset), len)
-            .map_err(self.tracee.mem_error())
+        self.tracee.mem.bytes(self.addr.add(offset), len).map_err(self.tracee.mem_error())
     }
 }
 
 impl Drop for Scratch<'_> {
     fn drop(&mut self) {
         // Fails only when the target is gone, and its memory with it.
-        drop(
-            self.tracee
-                .syscall(libc::SYS_munmap, &[self.addr.0, self.len]),
-        );
+        drop(self.tracee.syscall(libc::SYS_munmap, &[self.addr.0, self.len]));
     }
 }

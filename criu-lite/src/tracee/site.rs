@@ -29,13 +29,7 @@ impl Site {
         let mut order: Vec<_> = maps.iter().filter(exec).collect();
         let rank = |name: &[u8]| match name {
             b"[vdso]" => 0,
-            n if n
-                .rsplit(|&b| b == b'/')
-                .next()
-                .is_some_and(|f| f.starts_with(b"libc.")) =>
-            {
-                1
-            }
+            n if n.rsplit(|&b| b == b'/').next().is_some_and(|f| f.starts_with(b"libc.")) => 1,
             _ => 2,
         };
         order.sort_by_key(|m| rank(&m.name));
@@ -49,20 +43,14 @@ impl Site {
             let Ok(code) = mem.bytes(m.start, len) else {
                 continue;
             };
-            let find = |pat: &[u8]| {
-                code.windows(pat.len())
-                    .position(|w| w == pat)
-                    .map(|n| m.start.add(n as u64))
-            };
+            let find =
+                |pat: &[u8]| code.windows(pat.len()).position(|w| w == pat).map(|n| m.start.add(n as u64));
             any = any.or_else(|| find(SYSCALL));
             if guarded {
                 ret = ret.or_else(|| find(SYSCALL_RET));
                 restore = restore.or_else(|| find(RESTORE_RT));
             }
         }
-        Ok(any.map(|syscall| Self {
-            syscall,
-            guarded: ret.zip(restore),
-        }))
+        Ok(any.map(|syscall| Self { syscall, guarded: ret.zip(restore) }))
     }
 }
