@@ -56,6 +56,8 @@ pub struct LinkInput<'a> {
     pub types: &'a TypeModel,
     /// The new program.
     pub new_elf: &'a ElfFile,
+    /// Old's heap, where it has been read already.
+    pub old_heap: Option<&'a GlibcHeap>,
 }
 
 /// The write list that makes the booted host old's successor, or why there is none.
@@ -73,8 +75,16 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     let mut out = Overlay::new(input.host);
     lay_patch(patch, &mut out);
 
-    let old_heap = GlibcHeap::read(input.old, &process.threads, &process.vmas)
-        .map_err(|e| heap_refusal("old", &e.to_string()))?;
+    let read_now;
+    let old_heap = match input.old_heap {
+        Some(h) => h,
+        None => {
+            read_now = GlibcHeap::read(input.old, &process.threads, &process.vmas)
+                .map_err(|e| heap_refusal("old", &e.to_string()))?;
+            &read_now
+        }
+    };
+    headers_are_whole(patch, old_heap)?;
     let native_threads = heap_threads(booted);
     let native_heap = GlibcHeap::read(input.host, &native_threads, &native_vmas(booted))
         .map_err(|e| heap_refusal("new", &e.to_string()))?;
@@ -93,7 +103,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     let translate_old = |a: u64| moved.get(&a).copied().unwrap_or(a);
     let streams = input.old_modules.libc().and_then(|m| libc::StreamSymbols::find(|n| m.symbol(n)));
 
-    let mut pairs = Pairs::new(input.types, &view, &native_heap, &old_heap, regions.clone());
+    let mut pairs = Pairs::new(input.types, &view, &native_heap, old_heap, regions.clone());
     walk(input, &layout, &sites, &translate_old, streams.as_ref(), &mut pairs)?;
     let open = scan::frame_registers(input, &frames, &translate_old, &mut pairs);
 
@@ -139,7 +149,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         malloc::merge(&merge, &mut state.out, &mut state.findings)?;
     }
 
-    let mut redirect = Redirect::new(&pairs, &native_heap, &old_heap, input.host, &regions);
+    let mut redirect = Redirect::new(&pairs, &native_heap, old_heap, input.host, &regions);
     if let Some(syms) = &streams {
         let s = libc::adopt(
             syms,
@@ -184,7 +194,9 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         invariants::no_old_program((exe.start, exe.end), booted, &state.out, &written)?;
     }
     invariants::moved_set_is_closed(patch, &state.out, &written)?;
-    if heap_used {
+    // Old's chunks were walked when they were read, and nothing was written over their headers; malloc's
+    // lists are checked after the merge. The walk of everything is for what nobody has thought of.
+    if heap_used && (cfg!(debug_assertions) || old_heap.chunks.len() < FULL_WALK) {
         let mut vmas = booted.vmas.clone();
         scan::add_regions(&mut vmas, &regions);
         GlibcHeap::read(&state.out, &native_threads, &vmas)
@@ -215,6 +227,25 @@ fn finish(input: &LinkInput<'_>, state: State<'_>, calls: Vec<KernelCall>) -> Wr
         ));
     }
     WriteList { memory, registers, calls, findings, stats }
+}
+
+/// Up to this many old chunks the joined heap is walked as a whole before the release.
+const FULL_WALK: usize = 50_000;
+
+/// No write of the patch touches malloc's own words.
+fn headers_are_whole(patch: &proto::Patch, heap: &GlibcHeap) -> Result<(), Refusal> {
+    for w in &patch.writes {
+        let (start, end) = (Addr(w.addr), Addr(w.addr + w.content.len() as u64));
+        let inside = heap.find(start).is_some_and(|c| c.state.in_use() && end <= c.end());
+        if !inside && heap.segment(start).or(heap.segment(Addr(end.0 - 1))).is_some() {
+            return Err(Refusal::new(
+                "malloc",
+                format!("a re-laid-out object at {start}..{end} does not fit into a chunk in use"),
+                "make the update image again; report this if it stays",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn heap_refusal(whose: &str, why: &str) -> Refusal {

@@ -13,6 +13,7 @@ use crate::link::{LinkInput, LinkStats, Span, WriteList, link};
 use crate::rebuild::{self, RebuildOptions, Threads};
 use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory, QuiesceOptions, modules, reap_hidden};
 use mcr_image::{Addr, ElfFile, Fd, Image, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
+use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::TypeModel;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -251,7 +252,14 @@ fn make(
         stdio: old.stdio(),
         timeout: options.boot_limit(),
     };
-    let mut outcome = boot(host, &spec)?;
+    // Old's heap is read while the new version starts.
+    let (booted, old_heap) = std::thread::scope(|s| {
+        let heap = s.spawn(|| GlibcHeap::read(old.memory, &old.process.threads, &old.process.vmas));
+        (boot(host, &spec), heap.join())
+    });
+    let mut outcome = booted?;
+    // A heap that cannot be read is refused by `link`, which says why.
+    let old_heap = old_heap.ok().and_then(Result::ok);
     clock.parts(&outcome.phases, frozen);
     // With its socket replaced by old's, a watch that the start-up registered is gone: link has to see that.
     if let Some(files) = old.files {
@@ -272,6 +280,7 @@ fn make(
         modules: &outcome.modules,
         types: &programs.types,
         new_elf: &programs.new,
+        old_heap: old_heap.as_ref(),
     })?;
     clock.lap("link", frozen);
     Ok((outcome, list))
