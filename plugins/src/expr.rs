@@ -149,19 +149,13 @@ pub enum EvalError {
 impl Expr {
     /// Parses one expression; the whole text must be used up.
     pub fn parse(text: &str) -> Result<Self, ExprError> {
-        crate::parse::parse(text).map(|root| Self {
-            text: text.to_owned(),
-            root,
-        })
+        crate::parse::parse(text).map(|root| Self { text: text.to_owned(), root })
     }
 
     /// A constant.
     #[must_use]
     pub fn constant(v: i128) -> Self {
-        Self {
-            text: v.to_string(),
-            root: Node::Int(v),
-        }
+        Self { text: v.to_string(), root: Node::Int(v) }
     }
 
     /// The text it was parsed from.
@@ -173,9 +167,7 @@ impl Expr {
     /// Its value where it is a plain constant (no path in it).
     #[must_use]
     pub fn as_constant(&self) -> Option<i128> {
-        self.eval(&mut |_| None)
-            .ok()
-            .filter(|_| self.paths().is_empty())
+        self.eval(&mut |_| None).ok().filter(|_| self.paths().is_empty())
     }
 
     /// Every path it reads, in order of appearance.
@@ -202,30 +194,19 @@ impl Expr {
         self.node(&self.root, lookup)
     }
 
-    fn node(
-        &self,
-        n: &Node,
-        lookup: &mut dyn FnMut(&Path) -> Option<i128>,
-    ) -> Result<i128, EvalError> {
+    fn node(&self, n: &Node, lookup: &mut dyn FnMut(&Path) -> Option<i128>) -> Result<i128, EvalError> {
         Ok(match n {
             Node::Int(v) => *v,
-            Node::Path(p) => lookup(p).ok_or_else(|| EvalError::UnknownPath {
-                path: p.to_string(),
-                text: self.text.clone(),
-            })?,
+            Node::Path(p) => lookup(p)
+                .ok_or_else(|| EvalError::UnknownPath { path: p.to_string(), text: self.text.clone() })?,
             Node::Neg(a) => {
                 let a = self.node(a, lookup)?;
-                a.checked_neg()
-                    .ok_or_else(|| self.arith(format!("-({a}) overflows")))?
+                a.checked_neg().ok_or_else(|| self.arith(format!("-({a}) overflows")))?
             }
             Node::BitNot(a) => !self.node(a, lookup)?,
             Node::Not(a) => i128::from(self.node(a, lookup)? == 0),
-            Node::Bin(Op::And, a, b) => {
-                i128::from(self.node(a, lookup)? != 0 && self.node(b, lookup)? != 0)
-            }
-            Node::Bin(Op::Or, a, b) => {
-                i128::from(self.node(a, lookup)? != 0 || self.node(b, lookup)? != 0)
-            }
+            Node::Bin(Op::And, a, b) => i128::from(self.node(a, lookup)? != 0 && self.node(b, lookup)? != 0),
+            Node::Bin(Op::Or, a, b) => i128::from(self.node(a, lookup)? != 0 || self.node(b, lookup)? != 0),
             Node::Bin(op, a, b) => {
                 let (a, b) = (self.node(a, lookup)?, self.node(b, lookup)?);
                 self.bin(*op, a, b)?
@@ -242,10 +223,7 @@ impl Expr {
             Op::Div => ("/", a.checked_div(b)),
             Op::Rem => ("%", a.checked_rem(b)),
             // A left shift must be reversible: bits that fall out at the top are an overflow.
-            Op::Shl => (
-                "<<",
-                shift().and_then(|s| a.checked_shl(s).filter(|v| v >> s == a)),
-            ),
+            Op::Shl => ("<<", shift().and_then(|s| a.checked_shl(s).filter(|v| v >> s == a))),
             Op::Shr => (">>", shift().and_then(|s| a.checked_shr(s))),
             Op::BitAnd => ("&", Some(a & b)),
             Op::BitOr => ("|", Some(a | b)),
@@ -269,10 +247,7 @@ impl Expr {
     }
 
     fn arith(&self, what: String) -> EvalError {
-        EvalError::Arithmetic {
-            text: self.text.clone(),
-            what,
-        }
+        EvalError::Arithmetic { text: self.text.clone(), what }
     }
 }
 
@@ -318,13 +293,7 @@ mod tests {
 
     #[test]
     fn refuses_what_has_no_value() {
-        let e = |t: &str| {
-            Expr::parse(t)
-                .unwrap()
-                .eval(&mut |_| None)
-                .unwrap_err()
-                .to_string()
-        };
+        let e = |t: &str| Expr::parse(t).unwrap().eval(&mut |_| None).unwrap_err().to_string();
         assert!(e("1 / 0").contains("divides by zero"));
         assert!(e("1 << 127").contains("overflows"));
         assert!(e("1 << 200").contains("0..=127"));

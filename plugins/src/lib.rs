@@ -10,6 +10,6 @@ pub mod rules;
 
 pub use expr::{EvalError, Expr, ExprError, Path as ExprPath};
 pub use rules::{
-    BootRules, FdRules, Keep, QuiescentRule, RuleName, RuleNameKind, Rules, RulesError, Side,
-    UnionCase, UnionRule, nearest,
+    BootRules, FdRules, Keep, QuiescentRule, RuleName, RuleNameKind, Rules, RulesError, Side, UnionCase,
+    UnionRule, nearest,
 };

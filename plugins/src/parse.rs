@@ -20,10 +20,8 @@ const LEVELS: [&[(&str, Op)]; 10] = [
     &[("*", Op::Mul), ("/", Op::Div), ("%", Op::Rem)],
 ];
 /// All spellings, longest first: what stands at a position is decided before its level is.
-const SPELLINGS: [&str; 18] = [
-    "||", "&&", "==", "!=", "<=", ">=", "<<", ">>", "|", "^", "&", "<", ">", "+", "-", "*", "/",
-    "%",
-];
+const SPELLINGS: [&str; 18] =
+    ["||", "&&", "==", "!=", "<=", ">=", "<<", ">>", "|", "^", "&", "<", ">", "+", "-", "*", "/", "%"];
 
 struct Parser<'a> {
     text: &'a str,
@@ -32,11 +30,7 @@ struct Parser<'a> {
 }
 
 pub(crate) fn parse(text: &str) -> Result<Node, ExprError> {
-    let mut p = Parser {
-        text,
-        at: 0,
-        depth: 0,
-    };
+    let mut p = Parser { text, at: 0, depth: 0 };
     if text.len() > MAX_LEN {
         p.at = MAX_LEN;
         while !text.is_char_boundary(p.at) {
@@ -66,11 +60,7 @@ impl Parser<'_> {
         self.at = self.text.len() - trimmed;
     }
     fn word(&self) -> String {
-        self.rest()
-            .chars()
-            .take(12)
-            .take_while(|c| !c.is_whitespace())
-            .collect()
+        self.rest().chars().take(12).take_while(|c| !c.is_whitespace()).collect()
     }
     fn fail(&self, what: String) -> ExprError {
         // An expression can be long; the message shows its start.
@@ -78,19 +68,11 @@ impl Parser<'_> {
         if text.len() < self.text.len() {
             text.push('…');
         }
-        ExprError {
-            text,
-            column: self.text[..self.at].chars().count() + 1,
-            what,
-        }
+        ExprError { text, column: self.text[..self.at].chars().count() + 1, what }
     }
     fn deeper(&mut self) -> Result<(), ExprError> {
         self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            Err(self.fail("nested too deeply".to_owned()))
-        } else {
-            Ok(())
-        }
+        if self.depth > MAX_DEPTH { Err(self.fail("nested too deeply".to_owned())) } else { Ok(()) }
     }
 
     fn level(&mut self, level: usize) -> Result<Node, ExprError> {
@@ -133,9 +115,7 @@ impl Parser<'_> {
 
     fn atom(&mut self) -> Result<Node, ExprError> {
         let Some(c) = self.rest().chars().next() else {
-            return Err(
-                self.fail("expected a number, `old.field` or `(`, found the end".to_owned())
-            );
+            return Err(self.fail("expected a number, `old.field` or `(`, found the end".to_owned()));
         };
         if c == '(' {
             self.at += 1;
@@ -164,17 +144,11 @@ impl Parser<'_> {
         if is_name_start(c) {
             return self.path().map(Node::Path);
         }
-        Err(self.fail(format!(
-            "expected a number, `old.field` or `(`, found `{}`",
-            self.word()
-        )))
+        Err(self.fail(format!("expected a number, `old.field` or `(`, found `{}`", self.word())))
     }
 
     fn number(&mut self) -> Result<Node, ExprError> {
-        let n = self
-            .rest()
-            .find(|c: char| !c.is_ascii_alphanumeric())
-            .unwrap_or(self.rest().len());
+        let n = self.rest().find(|c: char| !c.is_ascii_alphanumeric()).unwrap_or(self.rest().len());
         let word = &self.text[self.at..self.at + n];
         let (digits, radix) = match word.as_bytes() {
             [b'0', b'x' | b'X', ..] => (&word[2..], 16),
@@ -191,10 +165,7 @@ impl Parser<'_> {
     }
 
     fn name(&mut self) -> Result<String, ExprError> {
-        let n = self
-            .rest()
-            .find(|c: char| !is_name(c))
-            .unwrap_or(self.rest().len());
+        let n = self.rest().find(|c: char| !is_name(c)).unwrap_or(self.rest().len());
         if n == 0 || !self.rest().starts_with(is_name_start) {
             return Err(self.fail("expected a name".to_owned()));
         }
@@ -212,10 +183,7 @@ impl Parser<'_> {
                 steps.push(Step::Field(self.name()?));
             } else if self.rest().starts_with('[') {
                 self.at += 1;
-                let n = self
-                    .rest()
-                    .find(|c: char| !c.is_ascii_digit())
-                    .unwrap_or(self.rest().len());
+                let n = self.rest().find(|c: char| !c.is_ascii_digit()).unwrap_or(self.rest().len());
                 let Ok(i) = self.rest()[..n].parse() else {
                     return Err(self.fail("expected a decimal index".to_owned()));
                 };

@@ -117,11 +117,7 @@ pub enum UnionCase {
 
 impl UnionRule {
     /// The member for a value of `by`; `constant` resolves enum constants of the old version.
-    pub fn member(
-        &self,
-        value: i128,
-        mut constant: impl FnMut(&str) -> Option<i128>,
-    ) -> Option<&str> {
+    pub fn member(&self, value: i128, mut constant: impl FnMut(&str) -> Option<i128>) -> Option<&str> {
         self.cases
             .iter()
             .find(|(c, _)| match c {
@@ -149,18 +145,9 @@ impl QuiescentRule {
     /// signature, "libc.so.6+0x1234", may stand in between.
     #[must_use]
     pub fn matches(&self, signature: &[String]) -> bool {
-        let mut names = signature
-            .iter()
-            .map(String::as_str)
-            .filter(|s| !s.contains("+0x"))
-            .peekable();
+        let mut names = signature.iter().map(String::as_str).filter(|s| !s.contains("+0x")).peekable();
         while names.peek().is_some() {
-            if self
-                .stack
-                .iter()
-                .map(String::as_str)
-                .eq(names.clone().take(self.stack.len()))
-            {
+            if self.stack.iter().map(String::as_str).eq(names.clone().take(self.stack.len())) {
                 return true;
             }
             names.next();
@@ -198,26 +185,14 @@ impl BootRules {
     /// The environment to start with: old's without `unset_env`, with `env` replaced or added.
     #[must_use]
     pub fn envp(&self, old: &[Vec<u8>]) -> Vec<Vec<u8>> {
-        let named = |e: &[u8], n: &str| {
-            e.strip_prefix(n.as_bytes())
-                .is_some_and(|r| r.first() == Some(&b'='))
-        };
+        let named =
+            |e: &[u8], n: &str| e.strip_prefix(n.as_bytes()).is_some_and(|r| r.first() == Some(&b'='));
         let mut out: Vec<Vec<u8>> = old
             .iter()
-            .filter(|e| {
-                !self
-                    .unset_env
-                    .iter()
-                    .chain(self.env.keys())
-                    .any(|n| named(e, n))
-            })
+            .filter(|e| !self.unset_env.iter().chain(self.env.keys()).any(|n| named(e, n)))
             .cloned()
             .collect();
-        out.extend(
-            self.env
-                .iter()
-                .map(|(k, v)| format!("{k}={v}").into_bytes()),
-        );
+        out.extend(self.env.iter().map(|(k, v)| format!("{k}={v}").into_bytes()));
         out
     }
 }
@@ -316,10 +291,8 @@ pub enum Side {
 impl Rules {
     /// Reads and checks a rules file.
     pub fn load(path: &Path) -> Result<Self, RulesError> {
-        let text = std::fs::read_to_string(path).map_err(|source| RulesError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| RulesError::Read { path: path.to_owned(), source })?;
         Self::parse(&text, path)
     }
 
@@ -385,11 +358,7 @@ impl Rules {
         self.fields
             .iter()
             .filter(|n| n.value == new_field)
-            .find_map(|n| {
-                split_field(&n.key)
-                    .filter(|(t, _)| same_type(t, old_type))
-                    .map(|(_, f)| f)
-            })
+            .find_map(|n| split_field(&n.key).filter(|(t, _)| same_type(t, old_type)).map(|(_, f)| f))
             .unwrap_or(new_field)
     }
 
@@ -456,19 +425,9 @@ impl Rules {
     pub fn names(&self) -> Vec<RuleName> {
         use RuleNameKind::{Field, Function, Global, Type};
         let mut out = Vec::new();
-        let mut add = |kind, side, name: &str, line| {
-            out.push(RuleName {
-                kind,
-                side,
-                name: name.to_owned(),
-                line,
-            })
-        };
-        for (list, kind) in [
-            (&self.globals, Global),
-            (&self.types, Type),
-            (&self.functions, Function),
-        ] {
+        let mut add =
+            |kind, side, name: &str, line| out.push(RuleName { kind, side, name: name.to_owned(), line });
+        for (list, kind) in [(&self.globals, Global), (&self.types, Type), (&self.functions, Function)] {
             for n in list {
                 add(kind, Side::Old, &n.key, n.line);
                 add(kind, Side::New, &n.value, n.line);
@@ -478,32 +437,13 @@ impl Rules {
             add(Field, Side::Old, &n.key, n.line);
         }
         for n in self.values.iter().chain(&self.defaults) {
-            add(
-                if n.key.contains('.') { Field } else { Global },
-                Side::New,
-                &n.key,
-                n.line,
-            );
+            add(if n.key.contains('.') { Field } else { Global }, Side::New, &n.key, n.line);
         }
         for n in &self.keep {
-            add(
-                Global,
-                if n.value == Keep::Old {
-                    Side::Old
-                } else {
-                    Side::New
-                },
-                &n.key,
-                n.line,
-            );
+            add(Global, if n.value == Keep::Old { Side::Old } else { Side::New }, &n.key, n.line);
         }
         for n in &self.slots {
-            add(
-                if n.key.contains('.') { Field } else { Global },
-                Side::Old,
-                &n.key,
-                n.line,
-            );
+            add(if n.key.contains('.') { Field } else { Global }, Side::Old, &n.key, n.line);
             if n.value != "opaque" {
                 add(Type, Side::Old, &n.value, n.line);
             }
@@ -515,30 +455,17 @@ impl Rules {
     }
 }
 
-fn renamed<'a>(
-    list: &'a [Named<String>],
-    old: &'a str,
-    same: impl Fn(&str, &str) -> bool,
-) -> &'a str {
-    list.iter()
-        .find(|n| same(&n.key, old))
-        .map_or(old, |n| &n.value)
+fn renamed<'a>(list: &'a [Named<String>], old: &'a str, same: impl Fn(&str, &str) -> bool) -> &'a str {
+    list.iter().find(|n| same(&n.key, old)).map_or(old, |n| &n.value)
 }
-fn renamed_back<'a>(
-    list: &'a [Named<String>],
-    new: &'a str,
-    same: impl Fn(&str, &str) -> bool,
-) -> &'a str {
-    list.iter()
-        .find(|n| same(&n.value, new))
-        .map_or(new, |n| &n.key)
+fn renamed_back<'a>(list: &'a [Named<String>], new: &'a str, same: impl Fn(&str, &str) -> bool) -> &'a str {
+    list.iter().find(|n| same(&n.value, new)).map_or(new, |n| &n.key)
 }
 fn exact<'a, T>(list: &'a [Named<T>], key: &str) -> Option<&'a T> {
     list.iter().find(|n| n.key == key).map(|n| &n.value)
 }
 fn field_rule<'a, T>(list: &'a [Named<T>], of: &str, field: &str) -> Option<&'a Named<T>> {
-    list.iter()
-        .find(|n| split_field(&n.key).is_some_and(|(t, f)| f == field && same_type(t, of)))
+    list.iter().find(|n| split_field(&n.key).is_some_and(|(t, f)| f == field && same_type(t, of)))
 }
 fn split_field(key: &str) -> Option<(&str, &str)> {
     key.split_once('.')
@@ -547,9 +474,7 @@ fn split_field(key: &str) -> Option<(&str, &str)> {
 fn same_type(a: &str, b: &str) -> bool {
     let split = |s: &str| -> (Option<usize>, String) {
         let mut words: Vec<&str> = s.split_whitespace().collect();
-        let tag = words
-            .first()
-            .and_then(|w| ["struct", "union", "enum"].iter().position(|t| t == w));
+        let tag = words.first().and_then(|w| ["struct", "union", "enum"].iter().position(|t| t == w));
         if tag.is_some() {
             words.remove(0);
         }

@@ -1,8 +1,8 @@
 //! From TOML to checked [`Rules`].
 
 use super::{
-    BootRules, FdRules, Keep, Named, QuiescentRule, Rules, RulesError, UnionCase, UnionRule,
-    same_type, split_field,
+    BootRules, FdRules, Keep, Named, QuiescentRule, Rules, RulesError, UnionCase, UnionRule, same_type,
+    split_field,
 };
 use crate::expr::Expr;
 use serde::Deserialize;
@@ -36,10 +36,7 @@ struct RawRename {
 }
 
 #[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "expected a number, true, false or an expression in quotes"
-)]
+#[serde(untagged, expecting = "expected a number, true, false or an expression in quotes")]
 enum RawValue {
     Bool(bool),
     Int(i64),
@@ -94,19 +91,10 @@ pub(super) struct Reader<'a> {
 
 impl Reader<'_> {
     fn line(&self, at: usize) -> usize {
-        self.text.as_bytes()[..at.min(self.text.len())]
-            .iter()
-            .filter(|b| **b == b'\n')
-            .count()
-            + 1
+        self.text.as_bytes()[..at.min(self.text.len())].iter().filter(|b| **b == b'\n').count() + 1
     }
     fn fail(&self, line: usize, message: String, hint: String) -> RulesError {
-        RulesError::Syntax {
-            path: self.path.to_owned(),
-            line,
-            message,
-            hint,
-        }
+        RulesError::Syntax { path: self.path.to_owned(), line, message, hint }
     }
 
     pub fn read(&self) -> Result<Rules, RulesError> {
@@ -125,16 +113,11 @@ impl Reader<'_> {
                     ));
                 }
                 let safe_when = q.safe_when.map(|t| self.expr(&t, line, None)).transpose()?;
-                Ok(QuiescentRule {
-                    stack: q.stack,
-                    safe_when,
-                    line,
-                })
+                Ok(QuiescentRule { stack: q.stack, safe_when, line })
             })
             .collect::<Result<_, _>>()?;
-        let plain = |t: Table<String>| -> Vec<Named<String>> {
-            self.named(t, |_, v| Ok(v)).unwrap_or_default()
-        };
+        let plain =
+            |t: Table<String>| -> Vec<Named<String>> { self.named(t, |_, v| Ok(v)).unwrap_or_default() };
         let rules = Rules {
             path: self.path.to_owned(),
             globals: plain(raw.rename.globals),
@@ -163,11 +146,7 @@ impl Reader<'_> {
             .into_iter()
             .map(|(k, value)| {
                 let line = self.line(k.span().start);
-                Ok(Named {
-                    key: k.into_inner(),
-                    line,
-                    value: f(line, value)?,
-                })
+                Ok(Named { key: k.into_inner(), line, value: f(line, value)? })
             })
             .collect::<Result<Vec<_>, RulesError>>()?;
         v.sort_by_key(|n| n.line);
@@ -212,11 +191,7 @@ impl Reader<'_> {
                 (case, member)
             })
             .collect();
-        Ok(UnionRule {
-            by: self.expr(&raw.by, line, Some("old"))?,
-            cases,
-            default: raw.default,
-        })
+        Ok(UnionRule { by: self.expr(&raw.by, line, Some("old"))?, cases, default: raw.default })
     }
 
     /// What the grammar of TOML cannot say.
@@ -247,11 +222,7 @@ impl Reader<'_> {
                 ));
             }
         }
-        for (list, what) in [
-            (&r.globals, "globals"),
-            (&r.types, "types"),
-            (&r.functions, "functions"),
-        ] {
+        for (list, what) in [(&r.globals, "globals"), (&r.types, "types"), (&r.functions, "functions")] {
             for (i, n) in list.iter().enumerate() {
                 if let Some(first) = list[..i].iter().find(|f| f.value == n.value) {
                     return Err(self.fail(
@@ -277,16 +248,11 @@ impl Reader<'_> {
             .and_then(|r| r.split_once('`'))
             .and_then(|(word, rest)| {
                 let expected = |k: &str| rest.contains(&format!("`{k}`"));
-                nearest(
-                    word,
-                    KEYS.into_iter().chain(["leave"]).filter(|k| expected(k)),
-                )
+                nearest(word, KEYS.into_iter().chain(["leave"]).filter(|k| expected(k)))
             })
             .map(|k| format!("; did you mean `{k}`?"))
             .or_else(|| {
-                message
-                    .starts_with("unknown variant")
-                    .then(|| "; `keep` is \"old\" or \"new\"".to_owned())
+                message.starts_with("unknown variant").then(|| "; `keep` is \"old\" or \"new\"".to_owned())
             })
             .unwrap_or_default();
         self.fail(line, message, hint)
@@ -310,9 +276,7 @@ fn distance(a: &str, b: &str) -> usize {
         let mut diagonal = row[0];
         row[0] = i + 1;
         for (j, cb) in b.iter().enumerate() {
-            let next = (diagonal + usize::from(ca != *cb))
-                .min(row[j] + 1)
-                .min(row[j + 1] + 1);
+            let next = (diagonal + usize::from(ca != *cb)).min(row[j] + 1).min(row[j + 1] + 1);
             diagonal = row[j + 1];
             row[j + 1] = next;
         }
