@@ -28,7 +28,7 @@ use mcr_image::unwind::{Frame, unwind};
 use mcr_image::{Addr, ElfFile, Memory, ModuleMap, Tid, proto};
 use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::TypeModel;
-use overlay::Overlay;
+use overlay::{Overlay, Pages};
 use pairs::{Evidence, Pairs, Side};
 use redirect::Redirect;
 use state::{State, Target};
@@ -62,6 +62,12 @@ pub struct LinkInput<'a> {
 
 /// The write list that makes the booted host old's successor, or why there is none.
 pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
+    // The host stands still: what was read once stays true.
+    let host = Pages::new(input.host);
+    link_pages(&LinkInput { host: &host, ..*input })
+}
+
+fn link_pages(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     let (patch, process, booted) = (input.patch, input.process, input.booted);
     let mut findings = Vec::new();
     invariants::patch_is_closed(patch)?;

@@ -101,6 +101,7 @@ pub struct Pairs<'a> {
     /// Fresh memory with moved objects.
     regions: Vec<Span>,
     recursive: HashMap<TypeId, bool>,
+    pointerful: HashMap<TypeId, bool>,
     seen: HashSet<(u64, u64, TypeId)>,
     queue: VecDeque<(TypeId, Addr, Addr, String, Evidence)>,
     candidates: HashMap<u64, Vec<Candidate>>,
@@ -127,6 +128,7 @@ impl<'a> Pairs<'a> {
             old_heap,
             regions,
             recursive: HashMap::new(),
+            pointerful: HashMap::new(),
             seen: HashSet::new(),
             queue: VecDeque::new(),
             candidates: HashMap::new(),
@@ -182,7 +184,8 @@ impl<'a> Pairs<'a> {
             }
             Type::Record(r) if r.kind == mcr_transform::types::RecordKind::Struct => {
                 for m in &r.members {
-                    if m.bits.is_some() {
+                    // Paths are made for what may be paired only: most members are numbers or null.
+                    if m.bits.is_some() || !self.may_point(m.ty, native.add(m.offset)) {
                         continue;
                     }
                     let sep = if path.is_empty() || path.ends_with("->") { "" } else { "." };
@@ -205,6 +208,9 @@ impl<'a> Pairs<'a> {
                     return;
                 }
                 for i in 0..(*count).min(1 << 20) {
+                    if !self.may_point(*element, native.add(i * size)) {
+                        continue;
+                    }
                     let p = format!("{path}[{i}]");
                     let at = i * size;
                     self.value(*element, native.add(at), old.add(at), &p, ev.max(Evidence::Array), own);
@@ -308,12 +314,38 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    fn has_pointers(&self, ty: TypeId) -> bool {
+    /// The value may hold the address of a start-up object, or a synchronisation object.
+    fn may_point(&mut self, ty: TypeId, native: Side<'_>) -> bool {
         match self.types.strip(ty) {
-            Type::Pointer(_) | Type::Record(_) => true,
+            Type::Pointer(_) => {
+                native.word(self.view).is_some_and(|w| w > 4096 && self.native_heap.find(Addr(w)).is_some())
+            }
+            _ => self.has_pointers(ty),
+        }
+    }
+
+    fn has_pointers(&mut self, ty: TypeId) -> bool {
+        if self.types.sync_kind(ty).is_some() {
+            return true;
+        }
+        let ty = self.types.resolve(ty);
+        if let Some(&known) = self.pointerful.get(&ty) {
+            return known;
+        }
+        // A type that holds itself by value does not exist; nonsense in the file ends here.
+        self.pointerful.insert(ty, false);
+        let types = self.types;
+        let found = match &types[ty] {
+            Type::Pointer(_) => true,
+            Type::Record(r) if r.kind == mcr_transform::types::RecordKind::Struct => {
+                r.members.iter().any(|m| self.has_pointers(m.ty))
+            }
+            Type::Record(r) => r.size >= 8,
             Type::Array { element, .. } => self.has_pointers(*element),
             _ => false,
-        }
+        };
+        self.pointerful.insert(ty, found);
+        found
     }
 
     /// Objects that only callee-saved registers of a frame hold: compilers keep a pointer there without
