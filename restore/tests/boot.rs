@@ -33,7 +33,6 @@ fn try_boot(server: &Server, new: &Path, timeout: Duration) -> Result<BootOutcom
         envp: collected.process.envp.clone(),
         random: None,
         reserve: Vec::new(),
-        stdio: Vec::new(),
         timeout,
     };
     let r = boot(&mut host, &spec);

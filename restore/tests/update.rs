@@ -93,6 +93,45 @@ fn a_new_version_that_fails_is_rolled_back() {
 }
 
 #[test]
+fn record_locks_go_with_the_update() {
+    let lock = support::scratch("lock").join("lock");
+    let program = build_source("boot_server.c", "lock", &["-DLOCK"]);
+    let server = Server::start(&program, &["PORT", lock.to_str().unwrap()]);
+    let mut a = server.connect();
+    assert_eq!(a.ask("PING"), "PONG");
+    let r = update(server.pid(), &program, &options()).unwrap_or_else(|e| panic!("{e}"));
+    let _new = support::Reaper(r.pid);
+    assert_eq!(a.ask("PING"), "PONG");
+    let locks = std::fs::read_to_string("/proc/locks").unwrap();
+    let pid = r.pid.to_string();
+    let held = locks.lines().any(|l| l.contains("POSIX") && l.split_whitespace().any(|w| w == pid));
+    assert!(held, "process {pid} holds the lock: {locks}");
+}
+
+#[test]
+fn an_added_descriptor_makes_room_for_the_old_ones() {
+    let server = Server::start(&plain(), &["PORT"]);
+    let mut a = server.connect();
+    assert_eq!(a.ask("PING"), "PONG");
+    let r = update(server.pid(), &build_source("boot_server.c", "extra", &["-DEXTRA"]), &options())
+        .unwrap_or_else(|e| panic!("{e}"));
+    let _new = support::Reaper(r.pid);
+    assert_eq!(a.ask("PING"), "PONG");
+    assert_eq!(server.connect().ask("PING"), "PONG");
+    let links: Vec<String> = std::fs::read_dir(format!("/proc/{}/fd", r.pid))
+        .unwrap()
+        .filter_map(|e| Some(std::fs::read_link(e.ok()?.path()).ok()?.to_string_lossy().into_owned()))
+        .collect();
+    assert!(links.iter().any(|l| l == "anon_inode:[eventfd]"), "{links:?}");
+}
+
+#[test]
+fn a_taken_number_is_refused() {
+    let e = rolls_back(&build_source("boot_server.c", "over", &["-DOVER"]));
+    assert!(e.to_string().contains("I2: descriptor"), "{e}");
+}
+
+#[test]
 fn the_bundled_server_goes_from_one_to_two_to_three() {
     let server = Server::start(&example("v1"), &["PORT", "LOG"]);
     let mut a = server.connect();

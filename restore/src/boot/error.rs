@@ -142,9 +142,6 @@ pub enum BootError {
         /// What the kernel said.
         errno: Errno,
     },
-    /// Descriptors could not be installed.
-    #[error(transparent)]
-    Fds(#[from] crate::fds::InstallError),
     /// ptrace failed.
     #[error(transparent)]
     Ptrace(#[from] PtraceError),

@@ -25,7 +25,6 @@ pub use host::Host;
 pub use ptrace::PtraceError;
 pub use release::HostCalls;
 
-use crate::fds::{Install, install_fds};
 use crate::link::{Booted, Span};
 use mcr_image::ModuleMap;
 use mcr_image::elf::ElfFile;
@@ -52,8 +51,6 @@ pub struct BootSpec<'a> {
     pub random: Option<[u8; 16]>,
     /// Ranges to map before the program starts: `Patch.regions`.
     pub reserve: Vec<Span>,
-    /// Standard input, output and error, where the host does not have old's already.
-    pub stdio: Vec<Install<'a>>,
     /// How long the start-up may take.
     pub timeout: Duration,
 }
@@ -87,10 +84,6 @@ pub fn boot(host: &mut Host, spec: &BootSpec<'_>) -> Result<BootOutcome, BootErr
     let started = Instant::now();
     let old_threads = old_threads(host, spec);
     let loaded = exec::userland_exec(host, spec, &old_threads)?;
-    if !spec.stdio.is_empty() {
-        let pid = host.pid.0;
-        install_fds(&mut host.leader_calls(), pid, &spec.stdio)?;
-    }
     let exec_us = started.elapsed().as_micros() as u64;
     let run = run::Runner::new(host, spec, &old_threads, loaded).run()?;
     let run_us = started.elapsed().as_micros() as u64 - exec_us;

@@ -35,12 +35,11 @@ impl Host {
     /// Brings every thread from its stop at a call to an event stop, where the engine's death means nothing
     /// but that the thread goes on, and takes the memory of the boot out. After this only
     /// [`Self::disarm`] and [`Self::let_go`] make sense.
-    pub fn park(&mut self, tids: &[Tid]) -> Result<()> {
-        let scratch = self.scratch;
-        if scratch.0 != 0 {
-            let args = [scratch.0, SCRATCH_LEN + AGENT_LEN];
-            self.call(Tid(self.pid.0), "munmap", libc::SYS_munmap, &args)?;
-            self.scratch = Addr(0);
+    ///
+    /// With `keep_scratch` the memory for calls stays until [`Self::drop_scratch`].
+    pub fn park(&mut self, tids: &[Tid], keep_scratch: bool) -> Result<()> {
+        if !keep_scratch {
+            self.drop_scratch()?;
         }
         for &tid in tids {
             let mask = ptrace::sigmask(tid)?;
@@ -64,6 +63,16 @@ impl Host {
                 }
             }
             ptrace::set_sigmask(tid, mask)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the memory of the boot out; no calls with arguments in memory can be made any more.
+    pub fn drop_scratch(&mut self) -> Result<()> {
+        if self.scratch.0 != 0 {
+            let args = [self.scratch.0, SCRATCH_LEN + AGENT_LEN];
+            self.call(Tid(self.pid.0), "munmap", libc::SYS_munmap, &args)?;
+            self.scratch = Addr(0);
         }
         Ok(())
     }

@@ -297,7 +297,7 @@ fn own_bounding_set() -> u64 {
 }
 
 /// POSIX record locks belong to the process: it takes them itself.
-pub(super) fn posix_locks(leader: &mut Remote, p: &proto::Process) -> Result<(), RebuildError> {
+pub(crate) fn posix_locks<I: Inject>(leader: &mut I, p: &proto::Process) -> Result<(), RebuildError> {
     let mut batch = Batch::new(leader)?;
     for fd in &p.fds {
         let Some(proto::fd::Object::File(f)) = &fd.object else {

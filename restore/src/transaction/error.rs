@@ -6,7 +6,7 @@ use crate::fds::InstallError;
 use crate::link::Refusal;
 use crate::rebuild::RebuildError;
 use mcr_criu_lite::{CollectError, FreezeError, QuiesceError, TraceError};
-use mcr_image::{ElfError, Fd, ImageError, Pid};
+use mcr_image::{Addr, ElfError, Fd, ImageError, Pid};
 use mcr_transform::TransformError;
 use mcr_transform::types::TypesError;
 use std::path::PathBuf;
@@ -76,6 +76,19 @@ pub enum UpdateError {
         what: String,
         /// What the kernel said.
         source: std::io::Error,
+    },
+    /// Memory that a fork does not copy.
+    #[error(
+        "the mapping {start}–{end} {name} is marked MADV_DONTFORK or MADV_WIPEONFORK, so a live update would lose it; \
+         update through an image: mcr dump, transform, restore"
+    )]
+    Unforkable {
+        /// First address.
+        start: Addr,
+        /// One past the last.
+        end: Addr,
+        /// What is mapped.
+        name: String,
     },
     /// An old descriptor has no open file in our hands.
     #[error("descriptor {fd} ({what}) of the old process is not at hand; the old version goes on, try again")]

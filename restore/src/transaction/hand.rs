@@ -5,7 +5,7 @@
 use super::{Files, UpdateError};
 use crate::boot::Host;
 use crate::fds::{Install, install_fds, move_fds};
-use crate::link::Booted;
+use crate::link::{BootEpoll, Booted};
 use crate::rebuild::Inject;
 use mcr_image::proto::fd::Object;
 use mcr_image::{Addr, Fd, ModuleMap, proto};
@@ -19,15 +19,16 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> UpdateError {
 }
 
 /// Gives the host the old process's open files at their numbers. Epoll objects stay those that the boot
-/// made (a shared one would still be the old process's), missing ones are made.
+/// made (a shared one would still be the old process's), missing ones are made and returned.
 pub(super) fn install_descriptors(
     host: &mut Host,
     old: &proto::Process,
     booted: &Booted,
     files: &Files<'_>,
-) -> Result<(), UpdateError> {
+) -> Result<Vec<BootEpoll>, UpdateError> {
     let mut installs = Vec::new();
     let mut moves = Vec::new();
+    let mut fresh = Vec::new();
     for fd in &old.fds {
         let number = fd.number as i32;
         if matches!(fd.object, Some(Object::Epoll(_))) {
@@ -42,6 +43,7 @@ pub(super) fn install_descriptors(
                     if made != number {
                         moves.push((made, number, fd.cloexec));
                     }
+                    fresh.push(BootEpoll { fd: Fd(number), old_fd: Some(Fd(number)), watches: Vec::new() });
                 }
             }
             continue;
@@ -64,7 +66,41 @@ pub(super) fn install_descriptors(
         move_fds(&mut leader, &moves, spare)?;
     }
     install_fds(&mut leader, pid, &installs)?;
-    Ok(())
+    Ok(fresh)
+}
+
+/// A live host is a fork of the old process: memory that a fork leaves out or clears would be lost.
+pub(super) fn refuse_unforkable(old: &proto::Process) -> Result<(), UpdateError> {
+    let lost = old.vmas.iter().find(|v| v.vm_flags.iter().any(|f| f == "dc" || f == "wf"));
+    match lost {
+        Some(v) => {
+            Err(UpdateError::Unforkable { start: Addr(v.start), end: Addr(v.end), name: v.name.clone() })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Whether the old process holds POSIX record locks, which no other process can be handed.
+pub(super) fn has_record_locks(old: &proto::Process) -> bool {
+    old.fds.iter().any(|fd| match &fd.object {
+        Some(Object::File(f)) => f.locks.iter().any(|l| l.kind.eq_ignore_ascii_case("posix")),
+        _ => false,
+    })
+}
+
+/// Takes old's record locks in the new version, once the old one is gone.
+pub(super) fn take_record_locks(host: &mut Host, old: &proto::Process) -> Option<proto::Finding> {
+    let taken = crate::rebuild::process::posix_locks(&mut host.leader_calls(), old)
+        .map_err(|e| e.to_string())
+        .and_then(|()| host.drop_scratch().map_err(|e| e.to_string()));
+    let message = taken.err()?;
+    Some(proto::Finding {
+        severity: proto::Severity::Warning.into(),
+        code: "record-lock".into(),
+        message,
+        next_step: "look whether another process holds the lock now".into(),
+        ..Default::default()
+    })
 }
 
 /// Gives a rebuilt host the old process's standard streams before anything runs in it: what the new version says

@@ -8,11 +8,10 @@ pub use error::UpdateError;
 
 use crate::apply;
 use crate::boot::{BootOutcome, BootSpec, Host, boot};
-use crate::fds::Install;
 use crate::link::{LinkInput, LinkStats, Span, WriteList, link};
 use crate::rebuild::{self, RebuildOptions, Threads};
 use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory, QuiesceOptions, modules, reap_hidden};
-use mcr_image::{Addr, ElfFile, Fd, Image, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
+use mcr_image::{Addr, ElfFile, Image, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
 use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::TypeModel;
 use std::collections::HashMap;
@@ -196,24 +195,6 @@ struct Old<'a> {
     patch: &'a proto::Patch,
     /// Its open files; none in a dry run.
     files: Option<&'a Files<'a>>,
-    /// The host was made from an image: it has the engine's standard files and privileges still.
-    rebuilt: bool,
-}
-
-impl Old<'_> {
-    /// What the start-up reads and writes as its standard input, output and error.
-    fn stdio(&self) -> Vec<Install<'_>> {
-        if !self.rebuilt {
-            return Vec::new();
-        }
-        let standard = self.process.fds.iter().filter(|f| f.number <= 2);
-        standard
-            .filter_map(|f| {
-                let file = *self.files?.get(&f.number)?;
-                Some(Install { number: Fd(f.number as i32), file, cloexec: f.cloexec })
-            })
-            .collect()
-    }
 }
 
 /// Boots and links. The host is booted when this returns, and nothing else has been done to it.
@@ -249,7 +230,6 @@ fn make(
                 Span::new(Addr(r.start), Addr(end))
             })
             .collect(),
-        stdio: old.stdio(),
         timeout: options.boot_limit(),
     };
     // Old's heap is read while the new version starts.
@@ -263,7 +243,8 @@ fn make(
     clock.parts(&outcome.phases, frozen);
     // With its socket replaced by old's, a watch that the start-up registered is gone: link has to see that.
     if let Some(files) = old.files {
-        hand::install_descriptors(host, old.process, &outcome.booted, files)?;
+        let made = hand::install_descriptors(host, old.process, &outcome.booted, files)?;
+        outcome.booted.epolls.extend(made);
         for e in &mut outcome.booted.epolls {
             e.watches = host.watches(e.fd)?;
         }
@@ -354,6 +335,7 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
     if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
         return Err(UpdateError::Internal("the process executed another program while it was looked at"));
     }
+    hand::refuse_unforkable(&collected.process)?;
     clock.lap("collect", true);
 
     let old_modules = Arc::clone(&collected.modules);
@@ -378,14 +360,8 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
         clock.lap("fork", true);
         let patch = programs.plan(process, &snapshot.memory, &old_modules, options)?;
         clock.lap("plan", false);
-        let old = Old {
-            process,
-            modules: &old_modules,
-            memory: &snapshot.memory,
-            patch: &patch,
-            files: None,
-            rebuilt: false,
-        };
+        let old =
+            Old { process, modules: &old_modules, memory: &snapshot.memory, patch: &patch, files: None };
         let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, false)?;
         drop(guard);
         return Ok(report(pid, pid, true, clock, &outcome, list, patch, Vec::new()));
@@ -401,20 +377,14 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
     tracee.leak();
     let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
     clock.lap("fork", true);
-    let old = Old {
-        process,
-        modules: &old_modules,
-        memory: &*memory,
-        patch: &patch,
-        files: Some(&files),
-        rebuilt: false,
-    };
+    let old = Old { process, modules: &old_modules, memory: &*memory, patch: &patch, files: Some(&files) };
     let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     clock.lap("apply", true);
 
     let tids = tids(&outcome);
-    guard.host()?.park(&tids)?;
+    let locks = hand::has_record_locks(process);
+    guard.host()?.park(&tids, locks)?;
     if mcr_criu_lite::interrupted() {
         return Err(UpdateError::Interrupted);
     }
@@ -422,7 +392,11 @@ pub fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateRep
     guard.host()?.disarm(&tids)?;
     let ended = frozen.kill();
     collected.fds.clear();
-    let host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;
+    let mut host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;
+    if locks {
+        // They belonged to the old process; nobody can have taken them but in the last microseconds.
+        findings.extend(hand::take_record_locks(&mut host, process));
+    }
     host.let_go(&tids).map_err(|e| UpdateError::Lost { pid: child, why: e.to_string() })?;
     clock.lap("commit", true);
     if let Err(e) = ended {
@@ -472,14 +446,7 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
         .iter()
         .filter_map(|fd| Some((fd.number, handed.files.by_ofd.get(&fd.ofd)?.as_fd())))
         .collect();
-    let old = Old {
-        process,
-        modules: &old_modules,
-        memory: &memory,
-        patch: &patch,
-        files: Some(&files),
-        rebuilt: true,
-    };
+    let old = Old { process, modules: &old_modules, memory: &memory, patch: &patch, files: Some(&files) };
     let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock, true)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     let host = guard.host()?;
@@ -489,7 +456,8 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
     findings.extend(handed.findings.clone());
     clock.lap("apply", true);
     let tids = tids(&outcome);
-    guard.host()?.park(&tids)?;
+    findings.extend(hand::take_record_locks(guard.host()?, process));
+    guard.host()?.park(&tids, false)?;
     guard.host()?.disarm(&tids)?;
     // Ours and the keeper's copies are closed before it runs: what it closes then is closed.
     handed.confirm();

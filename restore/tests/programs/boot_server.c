@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -17,6 +18,9 @@
 #endif
 
 static int listener, epfd;
+#ifdef EXTRA
+int extra;
+#endif
 
 void break_down(void)
 {
@@ -50,6 +54,21 @@ void start_up(int argc, char **argv)
 #ifdef SYSTEM
 	if (system("true"))
 		exit(1);
+#endif
+#ifdef LOCK
+	int lock = open(argv[2], O_RDWR | O_CREAT, 0600);
+	struct flock fl = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_len = 1 };
+	if (lock < 0 || fcntl(lock, F_SETLK, &fl))
+		exit(4); /* already running */
+#endif
+#ifdef EXTRA
+	/* Takes a number that belongs to the listener. */
+	extra = eventfd(7, 0);
+#endif
+#ifdef OVER
+	/* Insists on numbers one of which belongs to a client. */
+	dup2(0, 5);
+	dup2(0, 6);
 #endif
 #ifdef FILES
 	int s = open(argv[2], O_RDWR | O_CREAT | O_TRUNC, 0600);
