@@ -4,6 +4,7 @@
 #![allow(missing_docs)]
 
 mod bad_input;
+mod house;
 mod kv_update;
 mod redis_update;
 mod restore_plain;
@@ -16,12 +17,18 @@ use support::Check;
 pub struct Case {
     pub name: String,
     pub skip: Option<String>,
+    pub root: bool,
     pub run: Box<dyn FnOnce() -> Check + Send>,
 }
 
 impl Case {
     pub fn new(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Case {
-        Case { name: name.to_owned(), skip: None, run: Box::new(run) }
+        Case { name: name.to_owned(), skip: None, root: true, run: Box::new(run) }
+    }
+
+    pub fn needs_no_root(mut self) -> Case {
+        self.root = false;
+        self
     }
 
     pub fn skip_if(mut self, reason: Option<String>) -> Case {
@@ -35,6 +42,7 @@ fn main() {
     // Every case freezes and boots processes on what are usually two cores: one at a time.
     args.test_threads.get_or_insert(1);
     let mut cases = Vec::new();
+    cases.extend(house::cases());
     cases.extend(restore_plain::cases());
     cases.extend(kv_update::cases());
     cases.extend(bad_input::cases());
@@ -44,7 +52,7 @@ fn main() {
     let trials = cases
         .into_iter()
         .map(|c| {
-            let reason = c.skip.or_else(|| (!root).then(|| "needs root".to_owned()));
+            let reason = c.skip.or_else(|| (c.root && !root).then(|| "needs root".to_owned()));
             let name = match &reason {
                 Some(r) => format!("{} [skipped: {r}]", c.name),
                 None => c.name,
