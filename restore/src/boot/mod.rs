@@ -2,8 +2,8 @@
 //!
 //! The host already holds the old version's memory at its addresses. [`boot`] takes the old program out of
 //! it, maps the new one and runs its start-up with every system call watched: calls that would touch what
-//! the old version still uses are answered instead of executed ([`gate`]), threads that reach the place
-//! where an old thread rests are held there ([`hold`]). What comes out is a process whose threads all stand
+//! the old version still uses are answered instead of executed (`gate`), threads that reach the place
+//! where an old thread rests are held there (`hold`). What comes out is a process whose threads all stand
 //! just before their blocking call, not having eaten any input, ready to be linked with the old state.
 
 mod error;
