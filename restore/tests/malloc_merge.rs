@@ -6,7 +6,7 @@
 use mcr_criu_lite::ProcessMemory;
 use mcr_criu_lite::procfs::maps::{self, MapsLine};
 use mcr_image::{Addr, Memory, Pid, Tid, proto};
-use mcr_restore::link::malloc::{MallocInput, MergeReport, merge};
+use mcr_restore::link::malloc::{MallocInput, MergeReport, TlsOffsets, merge};
 use mcr_restore::link::overlay::Overlay;
 use mcr_restore::link::{Booted, NewThread, Refusal, Span};
 use mcr_transform::heap::{ChunkState, GlibcHeap};
@@ -197,6 +197,7 @@ fn joined(
         libc_data: new.maps.iter().filter(libc).map(span).collect(),
         curbrk: None,
         region_bytes: 0,
+        tls: TlsOffsets::of(&info).unwrap(),
     };
     let mut out = Overlay::new(&new.mem);
     let mut findings = Vec::new();

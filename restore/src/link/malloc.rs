@@ -85,6 +85,27 @@ pub struct MallocInput<'a> {
     pub curbrk: Option<Addr>,
     /// Bytes in `Patch.regions` that are laid out as chunks.
     pub region_bytes: u64,
+    /// Where `tcache` and `thread_arena` lie from a new thread's pointer; another place than in old's
+    /// threads if the programs' thread-locals differ in size.
+    pub tls: TlsOffsets,
+}
+
+/// Offsets of libc's own thread-locals from a thread pointer, as two's complement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TlsOffsets {
+    /// Of `tcache`.
+    pub tcache: u64,
+    /// Of `thread_arena`.
+    pub arena: u64,
+}
+
+impl TlsOffsets {
+    /// As recorded with a heap.
+    #[must_use]
+    pub fn of(heap: &proto::HeapInfo) -> Option<Self> {
+        let t = heap.tcaches.first()?;
+        Some(Self { tcache: t.tcache_tls_offset, arena: t.arena_tls_offset })
+    }
 }
 
 /// What the merge did.
@@ -130,10 +151,8 @@ pub fn merge(
 /// The tcache of every thread, as it will be.
 fn tcache_words(input: &MallocInput<'_>, view: &dyn Memory) -> Result<Vec<Addr>, Refusal> {
     let mut v = Vec::new();
-    if let Some(tc) = input.heap.tcaches.first() {
-        for t in &input.booted.threads {
-            v.push(Addr(read(view, t.fs_base.add(tc.tcache_tls_offset), "a thread's tcache pointer")?));
-        }
+    for t in &input.booted.threads {
+        v.push(Addr(read(view, t.fs_base.add(input.tls.tcache), "a thread's tcache pointer")?));
     }
     Ok(v)
 }
@@ -292,10 +311,7 @@ fn threads(
     findings: &mut Vec<proto::Finding>,
     report: &mut MergeReport,
 ) -> Result<u64, Refusal> {
-    let Some(offsets) = input.heap.tcaches.first() else {
-        return Err(refuse("the image does not say where threads keep their tcache and arena".into()));
-    };
-    let (cache_off, arena_off) = (offsets.tcache_tls_offset, offsets.arena_tls_offset);
+    let TlsOffsets { tcache: cache_off, arena: arena_off } = input.tls;
     let mut extra = 0;
     for t in &input.booted.threads {
         let old = t.old_tid.and_then(|o| input.heap.tcaches.iter().find(|c| c.old_tid == o.0 as u32));

@@ -141,6 +141,8 @@ fn link_pages(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         _ => old_heap.info(),
     };
     let libc_module = input.old_modules.libc();
+    let heap_used = heap_info.main_arena != 0 && !old_heap.arenas.is_empty();
+    let tls_offsets = malloc_offsets(input, &native_heap, &heap_info, layout.tls_offset);
     let merge = malloc::MallocInput {
         heap: &heap_info,
         booted,
@@ -148,9 +150,15 @@ fn link_pages(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         host: input.host,
         libc_data: libc_module.map_or_else(Vec::new, |m| scan::writable(booted, m.start, m.end)),
         curbrk: libc_module.and_then(|m| m.symbol("__curbrk")),
+        tls: match tls_offsets {
+            Some(t) => t,
+            None if !heap_used => malloc::TlsOffsets { tcache: 0, arena: 0 },
+            None => {
+                return Err(heap_refusal("new", "its threads' tcache and arena were not found"));
+            }
+        },
         region_bytes: patch.regions.iter().filter(|r| r.malloc_chunks).map(|r| r.content.len() as u64).sum(),
     };
-    let heap_used = heap_info.main_arena != 0 && !old_heap.arenas.is_empty();
     if heap_used {
         malloc::merge(&merge, &mut state.out, &mut state.findings)?;
     }
@@ -252,6 +260,20 @@ fn headers_are_whole(patch: &proto::Patch, heap: &GlibcHeap) -> Result<(), Refus
         }
     }
     Ok(())
+}
+
+/// Where new's threads keep tcache and arena: as found in new, or as in old if the programs' thread-locals
+/// are of one size.
+fn malloc_offsets(
+    input: &LinkInput<'_>,
+    native: &GlibcHeap,
+    old: &proto::HeapInfo,
+    new_tls: u64,
+) -> Option<malloc::TlsOffsets> {
+    malloc::TlsOffsets::of(&native.info()).or_else(|| {
+        let old_tls = input.old_modules.exe()?.elf.tls().map_or(0, |t| t.exe_offset());
+        malloc::TlsOffsets::of(old).filter(|_| old_tls == new_tls)
+    })
 }
 
 fn heap_refusal(whose: &str, why: &str) -> Refusal {
@@ -404,6 +426,20 @@ fn walk(
                 &format!("thread {}: argument {i} of {name}", t.tid),
                 Evidence::Direct,
             );
+        }
+    }
+    // struct pthread has the same layout on both sides: thread-specific data, the start routine's argument.
+    for t in &booted.threads {
+        let Some(old) = t.old_tid.and_then(|o| input.process.threads.iter().find(|p| p.tid == o.0 as u32))
+        else {
+            continue;
+        };
+        for off in scan::pthread_words() {
+            let (n, o) = (input.host.u64(t.fs_base.add(off)), input.old.u64(Addr(old.fs_base).add(off)));
+            if let (Ok(n), Ok(o)) = (n, o) {
+                let path = format!("thread {}: word {off:#x} of struct pthread", t.tid);
+                pairs.words(n, translate_old(o), &path, Evidence::Direct);
+            }
         }
     }
     if let Some(syms) = streams {

@@ -18,12 +18,20 @@ const PROT_WRITE: u32 = 2;
 const RED_ZONE: u64 = 128;
 /// More than `struct pthread` of any glibc known.
 const PTHREAD: u64 = 0xa00;
+/// The thread control block's first words: itself, libc's table of thread-local blocks, itself again.
+const CONTROL: u64 = 0x18;
 /// Callee-saved registers by DWARF number.
 const SAVED: [u16; 6] = [3, 6, 12, 13, 14, 15];
 /// Registers of the six arguments, by DWARF number: rdi, rsi, rdx, r10, r8, r9.
 const ARGS: [u16; 6] = [5, 4, 1, 10, 8, 9];
 /// Mappings above this size are not searched for stray words.
 const MAX_MAPPING: u64 = 64 << 20;
+
+/// Offsets of the words of `struct pthread` that may point at the program's objects: not the thread control
+/// block's own pointers, of which the second is libc's table of thread-local blocks.
+pub(super) fn pthread_words() -> impl Iterator<Item = u64> {
+    (CONTROL..0x700).step_by(8)
+}
 
 /// How many arguments a blocking call takes.
 pub(super) fn arguments(nr: i64) -> usize {
@@ -174,18 +182,13 @@ pub(super) fn threads(
         let end = if stack.contains(t.fs_base) { block.start } else { stack.end };
         let tid = t.tid;
         redirect.range(rsp, end, &Holder::Stack, |a| format!("thread {tid}: stack word at {a}"), state)?;
-        redirect.range(
-            block.start,
-            block.end,
-            &Holder::Thread,
-            |a| {
-                format!(
-                    "thread {tid}: word {:#x} from its thread pointer",
-                    a.0.wrapping_sub(block.start.0 + tls_total)
-                )
-            },
-            state,
-        )?;
+        for (from, to) in [(block.start, t.fs_base), (t.fs_base.add(CONTROL), block.end)] {
+            let base = t.fs_base.0;
+            let name = |a: Addr| {
+                format!("thread {tid}: word {:+#x} from its thread pointer", a.0.wrapping_sub(base) as i64)
+            };
+            redirect.range(from, to, &Holder::Thread, name, state)?;
+        }
     }
     Ok(())
 }
