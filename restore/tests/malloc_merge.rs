@@ -140,7 +140,7 @@ fn ranges(old: &Side, heap: &GlibcHeap) -> Vec<Span> {
 fn joined(
     seed: u32,
     tunables: &str,
-    damage: impl Fn(&ProcessMemory, &GlibcHeap),
+    damage: impl Fn(&Side, &Side, &GlibcHeap),
 ) -> (Result<MergeReport, Refusal>, Side) {
     let old = Side::start("old", seed, &[], tunables);
     let heap = GlibcHeap::read(&old.mem, &old.threads, &old.vmas(|_| true)).expect("old's heap");
@@ -167,7 +167,7 @@ fn joined(
     }
     new.mem.write(Addr(new.tab), &table).unwrap();
 
-    damage(&new.mem, &heap);
+    damage(&old, &new, &heap);
     let held = |m: &MapsLine| ranges.iter().any(|r| r.contains(m.start));
     let span = |m: &MapsLine| Span::new(m.start, m.end);
     let booted = Booted {
@@ -221,7 +221,7 @@ fn joined(
 }
 
 fn survives(seed: u32, tunables: &str) -> MergeReport {
-    let (report, new) = joined(seed, tunables, |_, _| {});
+    let (report, new) = joined(seed, tunables, |_, _, _| {});
     let report = report.expect("merged");
     let (code, text) = new.finish();
     assert!(code == Some(0) && text.contains("done"), "seed {seed} {tunables}: {text}");
@@ -254,15 +254,83 @@ fn with_perturbed_memory_and_one_arena() {
 
 #[test]
 fn a_damaged_heap_is_refused_before_anything_is_written() {
-    let (report, mut new) = joined(31, "", |mem, heap| {
+    let (report, mut new) = joined(31, "", |_, new, heap| {
         let free =
             heap.chunks.iter().find(|c| c.state == ChunkState::Bin && c.arena == 0).expect("a free chunk");
         // The next chunk forgets how large the free one is.
-        mem.write_u64(free.end().add(0u64.wrapping_sub(8)), 0x30).unwrap();
+        new.mem.write_u64(free.end().add(0u64.wrapping_sub(8)), 0x30).unwrap();
     });
     let refusal = report.unwrap_err();
     assert_eq!(refusal.invariant, "malloc");
     assert!(refusal.message.contains("does not know its size"), "{refusal}");
     new.child.kill().unwrap();
     new.child.wait().unwrap();
+}
+
+#[test]
+fn a_lock_held_at_the_snapshot_is_released() {
+    let (report, new) = joined(41, "", |old, _, heap| {
+        old.mem.write(heap.arenas[0].addr, &1u32.to_le_bytes()).unwrap();
+    });
+    report.expect("merged");
+    let (code, text) = new.finish();
+    assert!(code == Some(0) && text.contains("done"), "{text}");
+}
+
+/// What the random work may miss: each step of the merge, looked at one by one.
+#[test]
+fn every_step_of_the_merge_is_in_the_result() {
+    const TOP: u64 = 0x60;
+    const NEXT: u64 = 0x870;
+    const SYSTEM_MEM: u64 = 0x888;
+    let before = std::cell::RefCell::new(None);
+    let (report, new) = joined(51, "", |old, new, heap| {
+        let main = heap.arenas[0].addr;
+        let word = |s: &Side, off: u64| s.mem.u64(main.add(off)).unwrap();
+        // New's free chunks: the bins of its main arena, by their forward links.
+        let mut free = Vec::new();
+        for i in 0..127 {
+            let head = main.0 + TOP + 16 * i;
+            let mut p = new.mem.u64(Addr(head + 16)).unwrap();
+            while p != head {
+                free.push((p, new.mem.u64(Addr(p + 8)).unwrap() & !7));
+                p = new.mem.u64(Addr(p + 16)).unwrap();
+            }
+        }
+        let ring = |s: &Side| {
+            let mut v = vec![];
+            let mut at = word(s, NEXT);
+            while at != main.0 {
+                v.push(at);
+                at = s.mem.u64(Addr(at + NEXT)).unwrap();
+            }
+            v
+        };
+        let top = word(new, TOP);
+        let size = new.mem.u64(Addr(top + 8)).unwrap() & !7;
+        let mem = word(old, SYSTEM_MEM) + word(new, SYSTEM_MEM);
+        *before.borrow_mut() = Some((main, free, ring(old), ring(new), top, size, mem, word(old, TOP)));
+    });
+    report.expect("merged");
+    let (main, free, old_ring, new_ring, top, size, mem, old_top) = before.into_inner().unwrap();
+    let at = |a: u64| new.mem.u64(Addr(a)).unwrap();
+    assert_eq!(new.mem.u32(main).unwrap(), 0, "unlocked");
+    assert_eq!(new.mem.u32(main.add(4)).unwrap() & 2, 2, "NONCONTIGUOUS");
+    assert_eq!(at(main.0 + TOP), old_top, "old's state wins");
+    assert_eq!(at(main.0 + SYSTEM_MEM), mem, "both sides' memory is counted");
+    assert!(!free.is_empty());
+    for (p, size) in free {
+        assert_eq!(at(p + size + 8) & 1, 1, "new's free chunk {p:#x} is marked in use");
+    }
+    let rest = at(top + 8) & !7;
+    assert_eq!(rest + 0x20, size & !15, "new's top shrank by two fenceposts");
+    assert_eq!((at(top + rest + 8), at(top + rest + 0x18)), (0x11, 0x11), "fenceposts in use");
+    let mut ring = Vec::new();
+    let mut a = at(main.0 + NEXT);
+    while a != main.0 {
+        ring.push(a);
+        a = at(a + NEXT);
+    }
+    assert_eq!(ring, [old_ring, new_ring].concat(), "one ring");
+    assert_eq!(new.finish().0, Some(0));
 }
