@@ -249,6 +249,56 @@ mod tests {
         assert_eq!(threads(&process(), &b), Ok(()), "a matched number is the same object");
     }
 
+    /// The modules of this very process.
+    fn own_modules() -> ModuleMap {
+        let pid = mcr_image::Pid(std::process::id() as i32);
+        let mem = mcr_criu_lite::ProcessMemory::open(pid).unwrap();
+        let vma = |m: &mcr_criu_lite::procfs::maps::MapsLine| proto::Vma {
+            start: m.start.0,
+            end: m.end.0,
+            prot: m.prot,
+            kind: if m.ino != 0 { proto::VmaKind::VmaFilePrivate } else { proto::VmaKind::VmaAnonPrivate }
+                as i32,
+            name: String::from_utf8_lossy(&m.name).into_owned(),
+            file_offset: m.offset,
+            dev: m.dev,
+            ino: m.ino,
+            ..Default::default()
+        };
+        let vmas: Vec<_> = mem.maps().unwrap().iter().map(vma).collect();
+        let auxv = std::fs::read("/proc/self/auxv").unwrap();
+        ModuleMap::new(&vmas, &auxv, |v| mcr_image::ElfFile::open(&v.name).ok().map(std::sync::Arc::new))
+    }
+
+    #[test]
+    fn i3_a_library_elsewhere_or_of_another_build_is_refused() {
+        let old = own_modules();
+        let module = |m: &std::sync::Arc<mcr_image::Module>| super::super::BootModule {
+            path: m.path.clone().into(),
+            base: m.bias,
+            build_id: m.build_id().unwrap_or_default().to_vec(),
+            ..Default::default()
+        };
+        let good = Booted { modules: old.modules().iter().map(module).collect(), ..Default::default() };
+        let libc = good.modules.iter().position(|m| m.path.to_string_lossy().contains("libc.so")).unwrap();
+        let check = |b: &Booted| {
+            let mut findings = Vec::new();
+            modules(&old, b, &mut findings).map(|()| findings)
+        };
+        assert_eq!(check(&good), Ok(Vec::new()));
+        let mut b = good.clone();
+        b.modules[libc].base = Addr(0x1000);
+        let r = check(&b).unwrap_err();
+        assert!(r.invariant == "I3" && r.message.contains("libc.so") && r.message.contains("0x1000"), "{r}");
+        let mut b = good.clone();
+        b.modules[libc].build_id[0] ^= 1;
+        let r = check(&b).unwrap_err();
+        assert!(r.invariant == "I3" && r.message.contains("another build"), "{r}");
+        let mut b = good;
+        b.modules.remove(libc);
+        assert_eq!(check(&b).unwrap()[0].code, "library-gone");
+    }
+
     #[test]
     fn i6_a_word_into_the_old_program_is_refused_unless_it_is_kept() {
         let mut m = Runs::default().with(0x9000, vec![0; 64]);
