@@ -192,6 +192,18 @@ fn i5_two_start_up_objects_for_one_old_one_are_refused() {
 }
 
 #[test]
+fn i5_the_order_of_a_list_does_not_say_which_object_a_thread_has() {
+    redirect("new", &["list"], |_, new, r, state| {
+        let word = new.value("list");
+        refused(r.word(word, &Holder::Thread, "thread-specific data", state), "I5", "its place in a list");
+        assert!(
+            matches!(r.word(word, &Holder::Global, "list", state), Ok(Some(_))),
+            "as a set they are the same"
+        );
+    });
+}
+
+#[test]
 fn i4_a_needed_object_without_a_counterpart_is_refused() {
     redirect("new", &["config", "lonely"], |_, new, r, state| {
         let word = new.value("lonely");

@@ -58,6 +58,8 @@ pub struct Candidate {
     pub evidence: Evidence,
     /// From a root.
     pub path: String,
+    /// Type of the object, where the path says it.
+    pub ty: TypeId,
 }
 
 /// What the candidates of one native chunk come to.
@@ -236,9 +238,16 @@ impl<'a> Pairs<'a> {
             Some(c) if c.evidence <= ev => {}
             Some(c) => {
                 c.evidence = ev;
+                c.ty = self.types.resolve(to);
                 path.clone_into(&mut c.path);
             }
-            None => list.push(Candidate { delta, old: Addr(old), evidence: ev, path: path.to_owned() }),
+            None => list.push(Candidate {
+                delta,
+                old: Addr(old),
+                evidence: ev,
+                path: path.to_owned(),
+                ty: self.types.resolve(to),
+            }),
         }
         let back = self.by_old.entry(n.addr.0.wrapping_add(delta)).or_default();
         if !back.contains(&(n.addr, ev)) {
@@ -421,10 +430,22 @@ impl<'a> Pairs<'a> {
                 .get(&n.0)
                 .and_then(|l| l.iter().find(|c| n.0.wrapping_add(c.delta) == mine))
                 .map_or_else(String::new, |c| c.path.clone());
-            let other = Candidate { delta: first.delta, old: *n, evidence: *ev, path };
+            let other = Candidate { delta: first.delta, old: *n, evidence: *ev, path, ty: first.ty };
             return Verdict::Contradiction(first.clone(), other);
         }
         Verdict::Paired(first.clone())
+    }
+
+    /// A pair that rests on the order of a list which has other members of its kind: a guess, if it matters
+    /// which is which.
+    #[must_use]
+    pub fn by_order(&self, c: &Candidate) -> bool {
+        let same = |list: &Vec<Candidate>| {
+            list.iter()
+                .min_by_key(|m| m.evidence)
+                .is_some_and(|m| m.evidence == Evidence::List && m.ty == c.ty)
+        };
+        c.evidence == Evidence::List && self.candidates.values().filter(|l| same(l)).count() > 1
     }
 
     /// Native chunks with any evidence, ascending.

@@ -120,6 +120,21 @@ impl<'a> Redirect<'a> {
                     )
                     .at(p.path));
                 }
+                let one_thread_s = matches!(
+                    holder,
+                    Holder::Argument | Holder::Register { .. } | Holder::Local { .. } | Holder::Thread
+                );
+                if one_thread_s && self.pairs.by_order(&p) {
+                    return Err(Refusal::new(
+                        "I5",
+                        format!(
+                            "{path} points at a start-up object that only its place in a list pairs with an old one ({})",
+                            p.path
+                        ),
+                        "list order may be a race of the start-up; a rule must say which object is which",
+                    )
+                    .at(p.path));
+                }
                 if p.evidence >= Evidence::List && self.weak.insert(c.addr.0) && *holder != Holder::Stack {
                     state.find(
                         proto::Severity::Info,
