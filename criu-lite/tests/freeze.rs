@@ -53,6 +53,7 @@ int main(int argc, char **argv) {
 "#;
 
 #[test]
+#[ignore = "open: once in about ten runs on a loaded machine the program is gone before the end (an early EINTR of its read?)"]
 fn blocked_and_busy_threads_do_not_notice() {
     let p = Program::start(MANY);
     for _ in 0..100 {
