@@ -196,7 +196,9 @@ fn mapped(
             at = stop;
             continue;
         }
-        let plausible = main.noncontiguous && size_word & 7 == 1 && size_word >= 0x20 && size_word < end - at;
+        // A fresh mapping may hold nothing but the top chunk: then that fills it to its end.
+        let plausible =
+            main.noncontiguous && size_word & 7 == 1 && size_word >= 0x20 && size_word - 1 <= end - at;
         if plausible {
             let run = Run { start: at, limit: end, top: main.top.0, arena: 0, what: "an anonymous mapping" };
             // A chain that breaks is simply not one: the mapping belongs to the program.
