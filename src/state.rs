@@ -1,11 +1,11 @@
 //! The program state that an image holds, with the types to read it by.
 
 use crate::exit::Failure;
-use mcr_image::{Addr, DebugDirs, ElfFile, Image, ImageMemory, ModuleMap, Regs};
+use mcr_image::{Addr, Image, ImageMemory, ModuleMap, Regs};
 use mcr_transform::types::TypeModel;
 use mcr_transform::types::expr::Bases;
+use mcr_transform::{Options, image_modules};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 /// An image's memory, modules and the program's types.
 pub struct State {
@@ -18,28 +18,12 @@ pub struct State {
     tls: Option<Addr>,
 }
 
-/// The ELF modules of an image: embedded files first, then the disk.
-pub fn modules(image: &Image, memory: &ImageMemory, dirs: &DebugDirs) -> ModuleMap {
-    let p = image.process();
-    let auxv = p.mm.as_ref().map(|m| m.auxv.as_slice()).unwrap_or_default();
-    ModuleMap::read(&p.vmas, auxv, memory, |v| {
-        let embedded = p
-            .modules
-            .iter()
-            .find(|m| m.path == v.name && m.embedded)
-            .and_then(|m| image.file(&m.key).ok().flatten())
-            .and_then(|bytes| ElfFile::from_bytes(v.name.clone(), bytes).ok());
-        let elf = embedded.or_else(|| ElfFile::open(&v.name).ok())?;
-        Some(Arc::new(elf.with_debug(dirs)))
-    })
-}
-
 impl State {
     /// Reads modules and types of an image's process.
     pub fn of(image: &Image, debug_dirs: &[PathBuf]) -> Result<Self, Failure> {
-        let dirs = DebugDirs::with_user(debug_dirs.iter().cloned());
         let memory = image.memory();
-        let modules = modules(image, &memory, &dirs);
+        let options = Options { debug_dirs: debug_dirs.to_vec(), ..Options::default() };
+        let modules = image_modules(image, image.process(), &memory, &options);
         let Some(exe) = modules.exe() else {
             return Err(Failure::refused(format!(
                 "the image of process {} does not show its program ({}): it was not embedded and is gone from disk",
@@ -47,7 +31,7 @@ impl State {
                 image.process().exe_path
             )));
         };
-        let model = TypeModel::load(&exe.elf, &dirs)?;
+        let model = TypeModel::load(&exe.elf, &options.debug_search())?;
         let fs =
             image.process().threads.first().and_then(|t| Regs::from_words(&t.regs)).map(|r| Addr(r.fs_base));
         let tls = fs.and_then(|fs| mcr_image::tls_block(&memory, fs, exe));
