@@ -13,9 +13,7 @@ pub fn cases(listing: bool) -> Vec<Case> {
         Case::new("redis: dump and restore", plain as fn() -> Check),
         Case::new("redis: to the next release through an image", || updated(Way::Image, 1)),
         Case::new("redis: to the next release live", || updated(Way::Live, 1)),
-        Case::new("redis: three live updates in a row", || updated(Way::Live, 3)).skip_if(Some(
-            "open: once in a few runs the second update reads a wrong argument vector and is refused".into(),
-        )),
+        Case::new("redis: three live updates in a row", || updated(Way::Live, 3)),
     ]
     .into_iter()
     .map(|c| c.skip_if(skip.clone()))

@@ -104,6 +104,8 @@ pub(super) struct Loaded {
     /// Old library ranges kept free, with the library's file (dev, ino) and name.
     pub reserved: Vec<Span>,
     pub stack: Span,
+    /// The stack pointer that the program started with: argc lies there, the vectors above it.
+    pub entry_stack: Addr,
     pub findings: Vec<proto::Finding>,
 }
 
@@ -192,7 +194,14 @@ impl Exec<'_, '_> {
         ptrace::reset_xstate(self.tid)?;
         ptrace::set_regs(self.tid, &regs)?;
         ptrace::set_sigmask(self.tid, 0)?;
-        Ok(Loaded { new_base: bias, retained, reserved, stack, findings: std::mem::take(&mut self.findings) })
+        Ok(Loaded {
+            new_base: bias,
+            retained,
+            reserved,
+            stack,
+            entry_stack: initial.rsp,
+            findings: std::mem::take(&mut self.findings),
+        })
     }
 
     /// The dynamic linker must be the one that old has.

@@ -69,6 +69,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         sigactions,
         brk: Addr(spec.old.mm.as_ref().map_or(0, |m| m.brk)),
         stack: Some(run.loaded.stack),
+        entry_stack: run.loaded.entry_stack,
         findings: run.gate.findings,
     };
     Ok(BootOutcome { booted, modules, output, pid_files, phases: Vec::new() })

@@ -172,6 +172,8 @@ pub struct Booted {
     pub brk: Addr,
     /// The new stack of the main thread (old's reused `[stack]` mapping).
     pub stack: Option<Span>,
+    /// Where argc lies on it; the argument, environment and auxiliary vectors and their strings are above.
+    pub entry_stack: Addr,
     /// What the boot found worth telling.
     pub findings: Vec<proto::Finding>,
 }

@@ -179,7 +179,16 @@ pub(super) fn threads(
             .or_else(|| vma_of(input.booted, Addr(t.regs.rsp)))
             .unwrap_or(Span::new(rsp, rsp));
         let block = Span::new(Addr(t.fs_base.0 - tls_total), t.fs_base.add(PTHREAD));
-        let end = if stack.contains(t.fs_base) { block.start } else { stack.end };
+        let entry = input.booted.entry_stack;
+        let end = if stack.contains(t.fs_base) {
+            block.start
+        } else if entry != Addr(0) && stack.contains(entry) {
+            // What execve(2) put above is new's own: the vectors' strings must not become old's, which the
+            // program may free.
+            entry
+        } else {
+            stack.end
+        };
         let tid = t.tid;
         redirect.range(rsp, end, &Holder::Stack, |a| format!("thread {tid}: stack word at {a}"), state)?;
         for (from, to) in [(block.start, t.fs_base), (t.fs_base.add(CONTROL), block.end)] {
