@@ -32,6 +32,7 @@ fn try_boot(server: &Server, new: &Path, timeout: Duration) -> Result<BootOutcom
         argv: collected.process.argv.clone(),
         envp: collected.process.envp.clone(),
         random: None,
+        pid: None,
         reserve: Vec::new(),
         timeout,
     };

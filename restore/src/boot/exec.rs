@@ -106,6 +106,10 @@ pub(super) struct Loaded {
     pub stack: Span,
     /// The stack pointer that the program started with: argc lies there, the vectors above it.
     pub entry_stack: Addr,
+    /// What was given to PR_SET_MM_MAP.
+    pub mm: MmMap,
+    /// Where the start-up's own mappings go: away from where old's next ones will be.
+    pub area: Addr,
     pub findings: Vec<proto::Finding>,
 }
 
@@ -176,7 +180,7 @@ impl Exec<'_, '_> {
         self.call("close", libc::SYS_close, &[interp_fd])?;
 
         let initial = self.build_stack(stack, bias, interp_bias)?;
-        self.set_mm(&initial, bias, exe_fd)?;
+        let mm = self.set_mm(&initial, bias, exe_fd)?;
         self.call("close", libc::SYS_close, &[exe_fd])?;
         let name = self.spec.new_path.file_name().map(|n| n.as_encoded_bytes().to_vec()).unwrap_or_default();
         let at = self.host.stage(0, &[&name[..name.len().min(15)], &[0]].concat())?;
@@ -200,6 +204,8 @@ impl Exec<'_, '_> {
             reserved,
             stack,
             entry_stack: initial.rsp,
+            mm,
+            area: load::own_area(self.spec.new.load_range(), bias),
             findings: std::mem::take(&mut self.findings),
         })
     }
@@ -397,34 +403,23 @@ impl Exec<'_, '_> {
     }
 
     /// /proc/PID/exe, cmdline, environ, auxv. The break stays old's.
-    fn set_mm(&mut self, s: &InitialStack, bias: Addr, exe_fd: u64) -> Result<()> {
+    fn set_mm(&mut self, s: &InitialStack, bias: Addr, exe_fd: u64) -> Result<MmMap> {
         let old = self.spec.old.mm.clone().unwrap_or_default();
         let segments = self.spec.new.segments();
         let code = segments.iter().filter(|x| x.flags & 1 != 0);
         let start_code = code.clone().map(|x| x.vaddr.at(bias).0).min().unwrap_or(bias.0);
         let end_code = code.map(|x| x.vaddr.at(bias).0 + x.file_size).max().unwrap_or(bias.0 + PAGE);
         let last = segments.last();
-        let start_data = last.map_or(end_code, |x| x.vaddr.at(bias).0);
-        let end_data = last.map_or(end_code, |x| x.vaddr.at(bias).0 + x.file_size);
-        let aux_at = self.host.stage(1024, &s.auxv)?;
-        let words = [
-            start_code,
-            end_code,
-            start_data,
-            end_data,
-            old.start_brk,
-            old.brk,
-            s.rsp.0,
-            s.arg_start.0,
-            s.arg_end.0,
-            s.env_start.0,
-            s.env_end.0,
-            aux_at,
-        ];
+        let mm = MmMap {
+            code: [start_code, end_code],
+            data: last.map_or([end_code; 2], |x| [x.vaddr.at(bias).0, x.vaddr.at(bias).0 + x.file_size]),
+            brk: [old.start_brk, old.brk],
+            stack: [s.rsp.0, s.arg_start.0, s.arg_end.0, s.env_start.0, s.env_end.0],
+            auxv: s.auxv.clone(),
+        };
+        let aux_at = self.host.stage(1024, &mm.auxv)?;
         let set = |fd: u64| -> Result<i64> {
-            let mut b: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-            b.extend_from_slice(&(s.auxv.len() as u32).to_le_bytes());
-            b.extend_from_slice(&(fd as u32).to_le_bytes());
+            let b = mm.encode(Addr(aux_at), fd as u32);
             let at = self.host.stage(0, &b)?;
             let args = [libc::PR_SET_MM as u64, libc::PR_SET_MM_MAP as u64, at, b.len() as u64, 0];
             self.host.call_raw(self.tid, "prctl(PR_SET_MM_MAP)", libc::SYS_prctl, &args)
@@ -446,6 +441,33 @@ impl Exec<'_, '_> {
                 "give the engine CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE over the server's user",
             ));
         }
-        Ok(())
+        Ok(mm)
+    }
+}
+
+/// What PR_SET_MM_MAP is told about a program (prctl(2), struct prctl_mm_map).
+#[derive(Clone, Debug, Default)]
+pub struct MmMap {
+    /// start_code, end_code.
+    pub code: [u64; 2],
+    /// start_data, end_data.
+    pub data: [u64; 2],
+    /// start_brk, brk.
+    pub brk: [u64; 2],
+    /// start_stack, arg_start, arg_end, env_start, env_end.
+    pub stack: [u64; 5],
+    /// The auxiliary vector.
+    pub auxv: Vec<u8>,
+}
+
+impl MmMap {
+    /// struct prctl_mm_map with the auxiliary vector at `auxv`; `exe_fd` -1: the link stays.
+    #[must_use]
+    pub fn encode(&self, auxv: Addr, exe_fd: u32) -> Vec<u8> {
+        let words = [&self.code[..], &self.data, &self.brk, &self.stack, &[auxv.0]].concat();
+        let mut b: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        b.extend_from_slice(&(self.auxv.len() as u32).to_le_bytes());
+        b.extend_from_slice(&exe_fd.to_le_bytes());
+        b
     }
 }

@@ -6,7 +6,7 @@ use super::gate::kind_of;
 use super::host::{Host, finding};
 use super::ptrace::{self, Stop};
 use super::run::{Rest, Run};
-use super::{BootOutcome, BootSpec};
+use super::{BootOutcome, BootSpec, ThreadKernel};
 use crate::link::{BootEpoll, BootFrame, BootModule, Booted, FdMatch, NewThread, Span};
 use mcr_criu_lite::procfs::maps::MapsLine;
 use mcr_image::Module;
@@ -34,6 +34,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
     for rest in &rests {
         threads.push(new_thread(host, spec, &mut run, rest, &maps)?);
     }
+    let kernel = rests.iter().map(|r| thread_kernel(host, r.tid)).collect::<Result<Vec<_>>>()?;
     let output = run.gate.output_text();
     let (fds, new_only_fds, epolls) = settle(host, &mut run)?;
     let modules = run.stacks.modules(host, spec)?.clone();
@@ -72,7 +73,8 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         entry_stack: run.loaded.entry_stack,
         findings: run.gate.findings,
     };
-    Ok(BootOutcome { booted, modules, output, pid_files, phases: Vec::new() })
+    let mm = run.loaded.mm;
+    Ok(BootOutcome { booted, modules, output, pid_files, kernel, mm, phases: Vec::new() })
 }
 
 /// Makes a resting thread stand just before its `syscall` instruction, in a stop where calls can be made.
@@ -137,6 +139,21 @@ fn new_thread(
         args: rest.call.args,
         altstack: altstack(host, rest.tid)?,
         sigmask: ptrace::sigmask(rest.tid)?,
+    })
+}
+
+fn thread_kernel(host: &Host, tid: Tid) -> Result<ThreadKernel> {
+    let at = host.stage(0, &[0; 24])?;
+    host.call(tid, "prctl(PR_GET_TID_ADDRESS)", libc::SYS_prctl, &[40, at])?;
+    host.call(tid, "get_robust_list", libc::SYS_get_robust_list, &[0, at + 8, at + 16])?;
+    let b = mcr_image::Memory::bytes(&host.mem, Addr(at), 24)?;
+    let w = |i: usize| b[i..i + 8].try_into().map(u64::from_le_bytes).unwrap_or(0);
+    Ok(ThreadKernel {
+        tid,
+        robust_list: (w(8), w(16)),
+        rseq: ptrace::rseq(tid)?,
+        tid_address: Addr(w(0)),
+        xstate: ptrace::xstate(tid)?,
     })
 }
 

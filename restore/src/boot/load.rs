@@ -7,7 +7,9 @@ const PAGE: u64 = 4096;
 /// 2 MiB: a huge page, so that the kernel may use them.
 const ALIGN: u64 = 2 << 20;
 /// How far the program stays from everything else.
-const DISTANCE: u64 = 1 << 30;
+const DISTANCE: u64 = 4 << 30;
+/// How far behind the program its start-up's own mappings begin.
+const AREA: u64 = 256 << 20;
 /// Programs live here (as the kernel places PIEs without randomisation, rounded).
 const LOW: u64 = 0x5500_0000_0000;
 const HIGH: u64 = 0x5800_0000_0000;
@@ -73,6 +75,12 @@ pub(super) fn fresh_bias(range: (LinkAddr, LinkAddr), taken: &[(Addr, Addr)]) ->
         }
     }
     None
+}
+
+/// Where the start-up's own mappings begin for a program loaded at `bias`: behind it, in the free space that
+/// [`fresh_bias`] found.
+pub(super) fn own_area(range: (LinkAddr, LinkAddr), bias: Addr) -> Addr {
+    Addr((range.1.at(bias).0 + AREA).next_multiple_of(ALIGN))
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ mod run;
 mod stack;
 
 pub use error::{BootError, Where};
+pub use exec::MmMap;
 pub use host::Host;
 pub use ptrace::PtraceError;
 pub use release::HostCalls;
@@ -51,6 +52,8 @@ pub struct BootSpec<'a> {
     pub random: Option<[u8; 16]>,
     /// Ranges to map before the program starts: `Patch.regions`.
     pub reserve: Vec<Span>,
+    /// The pid that the new version will have, where that is not the host's: it is told this one.
+    pub pid: Option<Pid>,
     /// How long the start-up may take.
     pub timeout: Duration,
 }
@@ -75,8 +78,27 @@ pub struct BootOutcome {
     pub output: String,
     /// Pid files that still hold old's process id, as the engine sees them.
     pub pid_files: Vec<PathBuf>,
+    /// What the kernel keeps for each thread, in the threads' order.
+    pub kernel: Vec<ThreadKernel>,
+    /// The program as PR_SET_MM_MAP describes it.
+    pub mm: MmMap,
     /// (phase, microseconds).
     pub phases: Vec<(String, u64)>,
+}
+
+/// What the kernel keeps for a thread of the new version beside its registers.
+#[derive(Clone, Debug, Default)]
+pub struct ThreadKernel {
+    /// The thread.
+    pub tid: Tid,
+    /// set_robust_list(2): head and length.
+    pub robust_list: (u64, u64),
+    /// rseq(2): address, size, signature; zero when not registered.
+    pub rseq: (u64, u32, u32),
+    /// set_tid_address(2): for glibc the thread's `tid` in its `struct pthread`.
+    pub tid_address: Addr,
+    /// Extended registers, as PTRACE_GETREGSET gives them (NT_X86_XSTATE).
+    pub xstate: Vec<u8>,
 }
 
 /// Boots the new version. On failure the host is left as it is, to be killed by the caller.

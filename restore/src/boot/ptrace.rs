@@ -54,11 +54,8 @@ pub(super) fn set_sigmask(tid: Tid, mask: u64) -> Result<()> {
 
 /// The initial floating-point and vector state: everything in its reset value, as after execve(2).
 pub(super) fn reset_xstate(tid: Tid) -> Result<()> {
-    let mut buf = vec![0u8; 16 * 1024];
-    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-    request(tid, "PTRACE_GETREGSET", libc::PTRACE_GETREGSET, NT_X86_XSTATE, (&raw mut iov) as usize)?;
-    let len = iov.iov_len;
-    buf.truncate(len);
+    let mut buf = xstate(tid)?;
+    let len = buf.len();
     // Software-reserved bytes 464..512 describe the layout; everything else starts from zero.
     for (i, b) in buf.iter_mut().enumerate() {
         if !(464..512).contains(&i) {
@@ -73,6 +70,15 @@ pub(super) fn reset_xstate(tid: Tid) -> Result<()> {
     let iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: len };
     request(tid, "PTRACE_SETREGSET", libc::PTRACE_SETREGSET, NT_X86_XSTATE, (&raw const iov) as usize)
         .map(drop)
+}
+
+/// The extended registers, in the layout of XSAVE.
+pub(super) fn xstate(tid: Tid) -> Result<Vec<u8>> {
+    let mut buf = vec![0u8; 16 * 1024];
+    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    request(tid, "PTRACE_GETREGSET", libc::PTRACE_GETREGSET, NT_X86_XSTATE, (&raw mut iov) as usize)?;
+    buf.truncate(iov.iov_len);
+    Ok(buf)
 }
 
 /// rseq registration: (address, size, signature). Linux 5.13.

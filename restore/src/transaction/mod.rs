@@ -230,6 +230,7 @@ fn make(
                 Span::new(Addr(r.start), Addr(end))
             })
             .collect(),
+        pid: None,
         timeout: options.boot_limit(),
     };
     // Old's heap is read while the new version starts.

@@ -3,8 +3,8 @@
 use super::{After, Call, Decision, Gate};
 use crate::boot::error::{BootError, Result};
 use crate::boot::host::Host;
-use mcr_image::Module;
 use mcr_image::elf::ElfFile;
+use mcr_image::{Addr, Module};
 use std::sync::Arc;
 
 impl Gate<'_> {
@@ -19,11 +19,21 @@ impl Gate<'_> {
         })
     }
 
+    /// Away from where old's next mapping will be: what the start-up maps may have to be mapped in the old
+    /// process, too, which has gone on by then. A hint only, as mmap(2) takes it.
+    fn in_own_area(&mut self, call: &Call) -> Decision {
+        let mut args = call.args;
+        args[0] = self.area.0;
+        self.area = Addr((self.area.0 + args[1]).next_multiple_of(4096) + 4096);
+        Decision::Instead { nr: call.nr, args, then: Some(After::Mapped) }
+    }
+
     fn mmap(&mut self, host: &Host, call: &Call) -> Result<Option<Decision>> {
         let [addr, _, prot, flags, fd, offset] = call.args;
         let fixed = (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) as u64;
         if flags & libc::MAP_ANONYMOUS as u64 != 0 {
-            return Ok(None);
+            let free = addr == 0 && flags & (fixed | (libc::MAP_32BIT | libc::MAP_GROWSDOWN) as u64) == 0;
+            return Ok(free.then(|| self.in_own_area(call)));
         }
         if addr != 0 || flags & fixed != 0 || offset != 0 {
             let executable = prot & libc::PROT_EXEC as u64 != 0;
@@ -44,7 +54,7 @@ impl Gate<'_> {
         let old = self.spec.old_modules.modules().iter().filter(|m| !m.is_exe()).find(same_name);
         let Some(old) = old else {
             self.note("library-added", format!("the new version loads {link}, which the old one does not"));
-            return Ok(Some(Decision::Then(After::Mapped)));
+            return Ok(Some(self.in_own_area(call)));
         };
         if old.build_id() != elf.build_id() || (elf.build_id().is_none() && old.elf.bytes() != elf.bytes()) {
             return Err(BootError::LibraryChanged {

@@ -58,6 +58,8 @@ pub(super) enum After {
     NewFd { cloexec: bool },
     /// It wrote two descriptors to this address.
     TwoFds { at: Addr, cloexec: bool },
+    /// It returned our pid; the program is to see the one that it will have.
+    Pid,
     /// A library had to land here.
     Library { at: Addr, path: String },
     /// The mappings changed.
@@ -88,6 +90,8 @@ pub(super) struct Gate<'a> {
     output: Vec<u8>,
     /// Pid files that were redirected, with the descriptor that has the new content.
     pub pid_files: Vec<(PathBuf, i32)>,
+    /// Where the next mapping goes.
+    pub area: Addr,
     /// Mappings changed since the last look.
     pub maps_changed: bool,
 }
@@ -113,6 +117,7 @@ impl<'a> Gate<'a> {
             findings: loaded.findings.clone(),
             output: Vec::new(),
             pid_files: Vec::new(),
+            area: loaded.area,
             maps_changed: true,
         }
     }
@@ -216,6 +221,7 @@ impl<'a> Gate<'a> {
                 self.fds.duplicate(*from, to as i32);
                 Ok(Some(to))
             }
+            After::Pid if result == i64::from(host.pid.0) => Ok(self.spec.pid.map(|p| p.0.into())),
             After::Closed { fd } => {
                 self.fds.forget(*fd);
                 Ok(None)

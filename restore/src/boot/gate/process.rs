@@ -19,16 +19,50 @@ impl Gate<'_> {
                 signo: call.args[0] as u32,
                 action: Addr(call.args[1]),
             })),
-            "setuid" | "setgid" | "setreuid" | "setregid" | "setresuid" | "setresgid" | "setgroups"
-            | "chroot" | "capset" | "setsid" | "setpgid" | "setrlimit" | "prlimit64" => {
-                Some(Decision::Then(After::Privilege))
+            "getpid" => self.spec.pid.map(|p| Decision::Answer(p.0.into())),
+            "gettid" | "set_tid_address" => Some(Decision::Then(After::Pid)),
+            "getppid" => self.spec.pid.map(|_| Decision::Answer(self.spec.old.ppid.into())),
+            // A session of its own is what old made already.
+            "setsid" if self.spec.pid.is_some_and(|p| p.0 as u32 == self.spec.old.sid) => {
+                Some(Decision::Answer(self.spec.old.sid.into()))
             }
+            "getpgid" | "getsid" | "sched_setaffinity" | "sched_getaffinity" | "sched_getparam"
+            | "sched_setparam" | "sched_setscheduler" | "sched_getscheduler" | "sched_setattr"
+            | "sched_getattr" => self.to_itself(host, call, 0, None),
+            "getpriority" | "setpriority" => self.to_itself(host, call, 1, None),
+            "setpgid" | "prlimit64" => self.to_itself(host, call, 0, Some(After::Privilege)),
+            "setuid" | "setgid" | "setreuid" | "setregid" | "setresuid" | "setresgid" | "setgroups"
+            | "chroot" | "capset" | "setsid" | "setrlimit" => Some(Decision::Then(After::Privilege)),
             _ => None,
         })
     }
 
+    /// The program was told the pid that it will have.
+    fn means_itself(&self, pid: i32) -> bool {
+        self.spec.pid.is_some_and(|p| p.0 == pid)
+    }
+
+    /// Argument `i` and the next one are pids or not: ours for the one that it will have.
+    fn to_itself(&self, host: &Host, call: &Call, i: usize, then: Option<After>) -> Option<Decision> {
+        if !self.means_itself(call.fd(i)) {
+            return then.map(Decision::Then);
+        }
+        let mut args = call.args;
+        args[i] = host.pid.0 as u64;
+        // tgkill(2): the main thread of itself.
+        if matches!(mcr_image::syscalls::name(call.nr), Some("tgkill" | "rt_tgsigqueueinfo"))
+            && self.means_itself(call.fd(1))
+        {
+            args[1] = host.pid.0 as u64;
+        }
+        Some(Decision::Instead { nr: call.nr, args, then })
+    }
+
     /// Signals to others: a look into a pid file must not find (nor end) the old version.
     fn signal(&mut self, host: &Host, call: &Call, name: &str) -> Option<Decision> {
+        if let Some(itself) = self.to_itself(host, call, 0, None).filter(|_| self.means_itself(call.fd(0))) {
+            return Some(itself);
+        }
         let target = call.fd(0);
         if target == host.pid.0 || host.tids().iter().any(|t| t.0 == target) {
             return None;
