@@ -13,6 +13,7 @@
 //! All operations on a tracee must come from the thread that attached it: [`Tracee`] is not `Send`.
 
 mod agent;
+pub mod commit;
 mod error;
 mod frame;
 mod inject;
