@@ -225,8 +225,8 @@ pub fn install_fds<I: Inject>(target: &mut I, pid: i32, fds: &[Install<'_>]) -> 
         .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<RawFd>().ok())
         .max()
         .unwrap_or(0);
-    // Out of the way of every number that is to be filled.
-    let top = fds.iter().map(|f| f.number.0).max().unwrap_or(0).max(channel) + 1;
+    // Out of the way of every number that is to be filled, and of those that stay.
+    let top = fds.iter().map(|f| f.number.0).max().unwrap_or(0).max(in_use) + 1;
     if fds.iter().any(|f| f.number.0 == channel) {
         target
             .call(libc::SYS_dup3, &[channel as u64, top as u64, libc::O_CLOEXEC as u64])
@@ -243,7 +243,7 @@ pub fn install_fds<I: Inject>(target: &mut I, pid: i32, fds: &[Install<'_>]) -> 
             break fd;
         }
     };
-    let spare = in_use.max(top) + 1;
+    let spare = top + 1;
     // One message carries each open file once, however many numbers it gets.
     let mut by_file: BTreeMap<RawFd, Vec<&Install<'_>>> = BTreeMap::new();
     for f in fds {

@@ -4,6 +4,7 @@ mod support;
 
 use mcr_image::Pid;
 use mcr_restore::transaction::{UpdateError, UpdateOptions, UpdateReport, update};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use support::{Server, build_source, example};
@@ -108,22 +109,47 @@ fn record_locks_go_with_the_update() {
     assert!(held, "process {pid} holds the lock: {locks}");
 }
 
-#[test]
-#[ignore = "open: once in a few runs the descriptor that only the new version has is gone after the update"]
-fn an_added_descriptor_makes_room_for_the_old_ones() {
-    let server = Server::start(&plain(), &["PORT"]);
+/// Updates a server that was started with descriptors at these numbers to one that has a descriptor more, and
+/// looks whether both versions' own are there.
+fn grows_by_one(inherited: &[(RawFd, RawFd)]) {
+    let server = Server::start_with(&plain(), &["PORT"], inherited);
     let mut a = server.connect();
     assert_eq!(a.ask("PING"), "PONG");
+    let before = support::links(server.pid());
     let r = update(server.pid(), &build_source("boot_server.c", "extra", &["-DEXTRA"]), &options())
-        .unwrap_or_else(|e| panic!("{e}"));
+        .unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
     let _new = support::Reaper(r.pid);
-    assert_eq!(a.ask("PING"), "PONG");
-    assert_eq!(server.connect().ask("PING"), "PONG");
-    let links: Vec<String> = std::fs::read_dir(format!("/proc/{}/fd", r.pid))
-        .unwrap()
-        .filter_map(|e| Some(std::fs::read_link(e.ok()?.path()).ok()?.to_string_lossy().into_owned()))
-        .collect();
-    assert!(links.iter().any(|l| l == "anon_inode:[eventfd]"), "{links:?}");
+    let after = support::links(r.pid);
+    assert_eq!(a.ask("PING"), "PONG", "{before:?} {after:?}");
+    assert_eq!(server.connect().ask("PING"), "PONG", "{before:?} {after:?}");
+    for (n, link) in &before {
+        assert_eq!(after.get(n), Some(link), "{before:?} {after:?}");
+    }
+    let more: Vec<_> =
+        after.iter().filter(|(n, _)| !before.contains_key(n)).map(|(_, l)| l.as_str()).collect();
+    assert_eq!(more, ["anon_inode:[eventfd]"], "{before:?} {after:?}");
+}
+
+#[test]
+fn an_added_descriptor_makes_room_for_the_old_ones() {
+    grows_by_one(&[]);
+}
+
+#[test]
+fn descriptors_that_old_was_started_with_shift_nothing() {
+    // One end each: with both, a pipe could be the server's own.
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let (p, w) = (reader.as_raw_fd(), writer.as_raw_fd());
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
+    let n = null.as_raw_fd();
+    grows_by_one(&[(3, w)]);
+    grows_by_one(&[(4, p)]);
+    grows_by_one(&[(5, n)]);
+    grows_by_one(&[(6, w)]);
+    grows_by_one(&[(7, n)]);
+    grows_by_one(&[(3, p), (5, w), (7, n)]);
+    grows_by_one(&[(3, n), (4, n), (5, w), (6, w), (8, p), (9, n), (30, w)]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use mcr_image::proto;
 use mcr_image::proto::fd::Object;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a descriptor refers to, as far as matching needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +118,28 @@ pub(super) fn old_fd(fd: &proto::Fd) -> OldFd {
     OldFd { kind, bound, what }
 }
 
+/// Descriptors that may have been open when old was started: not close-on-exec, and either files or ends of
+/// pipes and socket pairs whose other end somebody else has.
+fn inherited(fds: &[proto::Fd]) -> BTreeSet<i32> {
+    let other_end = |p: &proto::Pipe| {
+        fds.iter().any(
+            |f| matches!(&f.object, Some(Object::Pipe(o)) if o.ino == p.ino && o.write_end != p.write_end),
+        )
+    };
+    let here = |ino: u64| fds.iter().any(|f| matches!(&f.object, Some(Object::Unix(u)) if u.ino == ino));
+    fds.iter()
+        .filter(|f| f.number > 2 && !f.cloexec)
+        .filter(|f| match &f.object {
+            Some(Object::File(_)) => true,
+            Some(Object::Pipe(p)) => !p.fifo_path.is_empty() || !other_end(p),
+            // A connection that a listener accepted has the listener's name.
+            Some(Object::Unix(u)) => u.state == UNIX_CONNECTED && u.address.is_empty() && !here(u.peer_ino),
+            _ => false,
+        })
+        .map(|f| f.number as i32)
+        .collect()
+}
+
 /// Whether a fresh object may sit at an old one's number, to be replaced by it at the end.
 fn fits(new: &Kind, old: &Kind) -> bool {
     match (new, old) {
@@ -135,6 +157,8 @@ pub(super) struct FdPlan {
     pub old: BTreeMap<i32, OldFd>,
     /// Bound sockets of the new version: its number to the old one's.
     bound: BTreeMap<i32, i32>,
+    /// Numbers that old may have been started with: a start-up in an empty table has to count them as taken.
+    inherited: BTreeSet<i32>,
     /// First number above all of old's.
     above: i32,
 }
@@ -156,13 +180,30 @@ impl FdPlan {
     pub(super) fn new(fds: &[proto::Fd]) -> Self {
         let old: BTreeMap<i32, OldFd> = fds.iter().map(|f| (f.number as i32, old_fd(f))).collect();
         let above = old.keys().next_back().map_or(3, |n| n + 1).max(3);
-        Self { old, bound: BTreeMap::new(), above }
+        Self { old, bound: BTreeMap::new(), inherited: inherited(fds), above }
     }
 
-    /// Where a fresh object that the kernel put at `natural` has to move: `None`, it can stay.
-    pub(super) fn relocation(&self, natural: i32, kind: &Kind) -> Option<i32> {
-        let old = self.old.get(&natural)?;
-        (natural > 2 && !fits(kind, &old.kind)).then_some(self.above)
+    /// Where a fresh object that the kernel put at `natural` has to move: `None`, it can stay. `taken` tells
+    /// which numbers the new version uses now.
+    pub(super) fn relocation(&self, natural: i32, kind: &Kind, taken: impl Fn(i32) -> bool) -> Option<i32> {
+        if natural <= 2 {
+            return None;
+        }
+        // The number that it would have got beside the descriptors that old was started with.
+        let mut number = natural;
+        loop {
+            let old = self.old.get(&number);
+            let same_file = matches!(kind, Kind::File { .. }) && old.is_some_and(|o| fits(kind, &o.kind));
+            let passed = self.inherited.contains(&number) && !same_file;
+            if !passed && (number == natural || !taken(number)) {
+                break;
+            }
+            number += 1;
+        }
+        match self.old.get(&number) {
+            Some(o) if !fits(kind, &o.kind) => Some(self.above),
+            _ => (number != natural).then_some(number),
+        }
     }
 
     /// The old socket for a bind to `addr`, preferring the same number; remembers the match.
@@ -257,14 +298,39 @@ mod tests {
     #[test]
     fn numbers_of_other_objects_are_left_alone() {
         let p = old();
-        assert_eq!(p.relocation(3, &Kind::File { dev: 1, ino: 9 }), None);
-        assert_eq!(p.relocation(3, &Kind::File { dev: 1, ino: 8 }), Some(7));
-        assert_eq!(p.relocation(4, &Kind::Epoll), None);
-        assert_eq!(p.relocation(4, &Kind::EventFd), Some(7));
-        assert_eq!(p.relocation(5, &SOCK), None);
+        let free = |_| false;
+        assert_eq!(p.relocation(3, &Kind::File { dev: 1, ino: 9 }, free), None);
+        assert_eq!(p.relocation(3, &Kind::File { dev: 1, ino: 8 }, free), Some(7));
+        assert_eq!(p.relocation(4, &Kind::Epoll, free), None);
+        assert_eq!(p.relocation(4, &Kind::EventFd, free), Some(7));
+        assert_eq!(p.relocation(5, &SOCK, free), None);
         // A client's connection must not be taken for a fresh socket.
-        assert_eq!(p.relocation(6, &SOCK), Some(7));
-        assert_eq!(p.relocation(7, &Kind::Other), None);
+        assert_eq!(p.relocation(6, &SOCK, free), Some(7));
+        assert_eq!(p.relocation(7, &Kind::Other, free), None);
+    }
+
+    #[test]
+    fn numbers_that_old_was_started_with_are_passed_over() {
+        let pipe =
+            |n, ino, write_end| fd(n, Object::Pipe(proto::Pipe { ino, write_end, ..Default::default() }));
+        let p = FdPlan::new(&[
+            pipe(3, 1, false),
+            fd(4, tcp(TCP_LISTEN, 7000)),
+            fd(5, Object::File(proto::File { dev: 1, ino: 9, ..Default::default() })),
+            fd(6, Object::Epoll(proto::Epoll::default())),
+            pipe(7, 2, false),
+            pipe(8, 2, true),
+            fd(9, tcp(1, 7000)),
+        ]);
+        let free = |_| false;
+        assert_eq!(p.relocation(3, &SOCK, free), Some(4));
+        assert_eq!(p.relocation(3, &Kind::File { dev: 1, ino: 9 }, |n| n == 4), Some(5));
+        assert_eq!(p.relocation(3, &Kind::Epoll, |n| n == 4), Some(6));
+        // An end of a fresh pipe is not the inherited one.
+        assert_eq!(p.relocation(3, &Kind::Pipe { write_end: false }, |n| matches!(n, 4 | 6)), Some(7));
+        // What old has not stays apart.
+        assert_eq!(p.relocation(3, &Kind::EventFd, free), Some(10));
+        assert_eq!(p.relocation(2, &Kind::EventFd, free), None);
     }
 
     #[test]

@@ -2,8 +2,10 @@
 #![allow(dead_code)]
 
 use mcr_image::Pid;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -71,6 +73,11 @@ pub struct Server {
 impl Server {
     /// `PORT` and `LOG` in the arguments are replaced. Returns when it accepts connections.
     pub fn start(program: &Path, args: &[&str]) -> Self {
+        Self::start_with(program, args, &[])
+    }
+
+    /// As [`Self::start`], with more open than the standard streams: (number, our descriptor).
+    pub fn start_with(program: &Path, args: &[&str], inherited: &[(RawFd, RawFd)]) -> Self {
         let n = PORT.fetch_add(1, Ordering::SeqCst);
         let port = 20_000 + (std::process::id() % 300) as u16 * 30 + n;
         let log = scratch("log").join(format!("{port}.log"));
@@ -83,9 +90,24 @@ impl Server {
             };
         }
         c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // SAFETY: setsid is async-signal-safe.
+        let inherited = inherited.to_vec();
+        // SAFETY: setsid, fcntl and dup2 are async-signal-safe.
         unsafe {
-            c.pre_exec(|| nix::unistd::setsid().map(drop).map_err(Into::into));
+            c.pre_exec(move || {
+                nix::unistd::setsid()?;
+                // Out of the way first: a source may have the number of a target.
+                let above = inherited.iter().map(|f| f.0.max(f.1)).max().unwrap_or(0) + 1;
+                let mut moved = [-1; 16];
+                for (m, (_, from)) in moved.iter_mut().zip(&inherited) {
+                    *m = libc::fcntl(*from, libc::F_DUPFD_CLOEXEC, above);
+                }
+                for (m, (to, _)) in moved.iter().zip(&inherited) {
+                    if libc::dup2(*m, *to) < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
         }
         let child = c.spawn().expect("server starts");
         let s = Self { child, port };
@@ -158,4 +180,16 @@ impl Drop for Reaper {
 /// Ended, whether collected or not.
 pub fn gone(pid: Pid) -> bool {
     is_zombie(pid) || !Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// What a process has open, as /proc shows it, by number.
+pub fn links(pid: Pid) -> BTreeMap<i32, String> {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .filter_map(|e| {
+            let e = e.ok()?;
+            let link = std::fs::read_link(e.path()).ok()?.to_string_lossy().into_owned();
+            Some((e.file_name().to_str()?.parse().ok()?, link))
+        })
+        .collect()
 }

@@ -248,7 +248,7 @@ impl<'a> Gate<'a> {
         if link.contains(".so.") || link.ends_with(".so") {
             return Ok(fd.into());
         }
-        let Some(above) = self.fds.relocation(fd, &kind) else {
+        let Some(above) = self.fds.relocation(fd, &kind, |n| host.fd_link(n).is_some()) else {
             return Ok(fd.into());
         };
         let cmd = if cloexec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
