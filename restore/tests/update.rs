@@ -114,6 +114,8 @@ fn record_locks_go_with_the_update() {
 fn grows_by_one(inherited: &[(RawFd, RawFd)]) {
     let server = Server::start_with(&plain(), &["PORT"], inherited);
     let mut a = server.connect();
+    // Asked twice, it has closed the connection that Server::start made.
+    assert_eq!(a.ask("PING"), "PONG");
     assert_eq!(a.ask("PING"), "PONG");
     let before = support::links(server.pid());
     let r = update(server.pid(), &build_source("boot_server.c", "extra", &["-DEXTRA"]), &options())
