@@ -30,6 +30,7 @@ impl ProcessMemory {
 
     /// Writes all of `bytes` at `addr`. Read-only private pages are written too (the kernel copies them).
     pub fn write(&self, addr: Addr, bytes: &[u8]) -> Result<(), MemoryError> {
+        crate::tracee::fault::point();
         let mut done = 0;
         while done < bytes.len() {
             match self.file.write_at(&bytes[done..], addr.add(done as u64).0) {
@@ -76,6 +77,7 @@ impl ProcessMemory {
 
 impl Memory for ProcessMemory {
     fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
+        crate::tracee::fault::point();
         let mut done = 0;
         while done < buf.len() {
             let at = addr.add(done as u64);

@@ -27,9 +27,23 @@ pub(super) struct SigFrame {
 impl SigFrame {
     /// A frame for a context, placed below its red zone.
     pub(super) fn new(regs: &Regs, xstate: &[u8], sigmask: u64, restorer: Addr) -> Self {
+        Self::below(regs.rsp - 128, regs, xstate, sigmask, restorer)
+    }
+
+    /// Where a frame holds rip, from its beginning.
+    pub(super) const RIP: u64 = 8 + 40 + 16 * 8;
+    /// Where it holds rax.
+    pub(super) const RAX: u64 = 8 + 40 + 13 * 8;
+
+    /// Room that a frame with this much extended state takes below its top at most.
+    pub(super) const fn room(xlen: u64) -> u64 {
+        xlen + 64 + 64 + 64 + 8 + UC_SIZE + SIGINFO_SIZE + 16
+    }
+
+    /// A frame that ends below `top`. Without extended state the vector registers are reset.
+    pub(super) fn below(top: u64, regs: &Regs, xstate: &[u8], sigmask: u64, restorer: Addr) -> Self {
         let xlen = xstate.len() as u64;
-        let top = (regs.rsp - 128) & !63;
-        let fp = (top - xlen - 64) & !63;
+        let fp = ((top & !63) - xlen - 64) & !63;
         let at = (fp - 8 - UC_SIZE - SIGINFO_SIZE) & !15;
         let mut b = vec![0u8; (fp + xlen + 4 - at) as usize];
         let mut put = |off: u64, v: u64| b[off as usize..off as usize + 8].copy_from_slice(&v.to_le_bytes());
@@ -62,7 +76,7 @@ impl SigFrame {
             put(mc + i as u64 * 8, w);
         }
         put(mc + 144, (regs.cs & 0xffff) | (regs.ss & 0xffff) << 48);
-        put(mc + 184, fp);
+        put(mc + 184, if xlen == 0 { 0 } else { fp });
         put(mc + 256, sigmask);
         let f = (fp - at) as usize;
         b[f..f + xstate.len()].copy_from_slice(xstate);

@@ -15,6 +15,7 @@
 mod agent;
 pub mod commit;
 mod error;
+pub mod fault;
 mod frame;
 mod inject;
 mod ptrace;

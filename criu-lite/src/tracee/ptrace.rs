@@ -20,6 +20,7 @@ pub(super) fn request(
     addr: usize,
     data: usize,
 ) -> Result<i64, TraceError> {
+    super::fault::point();
     // SAFETY: callers pass pointers to live buffers of the size that the request writes, or plain numbers.
     let r = unsafe { libc::ptrace(req, tid.0, addr, data) };
     if r < 0 { Err(TraceError::of(tid, name, Errno::last())) } else { Ok(r) }
@@ -195,6 +196,7 @@ pub(super) fn reap(tid: Tid, deadline: Instant) {
 
 /// `None`: nothing yet, or interrupted by a signal.
 pub(super) fn wait_once(tid: Tid, flags: i32, status: &mut i32) -> Result<Option<i32>, TraceError> {
+    super::fault::point();
     // SAFETY: status is a live int.
     let r = unsafe { libc::waitpid(tid.0, status, libc::__WALL | flags) };
     match r {

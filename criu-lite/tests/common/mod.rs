@@ -35,7 +35,13 @@ impl Program {
 
     /// Starts a program that was built before.
     pub fn spawn(exe: &std::path::Path) -> Self {
+        Self::spawn_with(exe, &[])
+    }
+
+    /// The same with arguments.
+    pub fn spawn_with(exe: &std::path::Path, args: &[&str]) -> Self {
         let mut cmd = Command::new(exe);
+        cmd.args(args);
         cmd.stdin(Stdio::piped()).stdout(Stdio::piped()).current_dir(exe.parent().unwrap()).process_group(0);
         let mut child = cmd.spawn().unwrap();
         let stdin = child.stdin.take();

@@ -34,8 +34,18 @@
 //! let outcome = armed.commit()?;                    // threads detached; waits for COMMIT or ABORT
 //! ```
 
+mod area;
+mod layout;
 mod outcome;
+mod place;
 mod plan;
+mod rewind;
+mod stage;
+mod stub;
+mod sweep;
+mod wait;
 
 pub use outcome::{CommitError, Failure, List, Outcome};
 pub use plan::{Call, CommitPlan, Context, NewThread, OnError, ThreadPlan, data, result_of};
+pub use stage::{Armed, Staged, stage};
+pub use sweep::sweep;

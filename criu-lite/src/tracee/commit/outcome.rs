@@ -1,6 +1,6 @@
 //! What came of a commit.
 
-use crate::{ProcessMemory, TraceError};
+use crate::TraceError;
 use mcr_image::{Addr, Pid, Tid};
 use nix::errno::Errno;
 use std::time::Duration;
@@ -62,7 +62,7 @@ pub struct Outcome {
     pub after: Vec<i64>,
     /// Tids of the new threads, in the plan's order.
     pub new_threads: Vec<Tid>,
-    /// What is left of the staging area in the process: address and length. `sweep` drops it.
+    /// What is left of the staging area in the process: address and length. [`sweep`](super::sweep) drops it.
     pub area: (Addr, u64),
     /// From the first detach to the verdict.
     pub took: Duration,
@@ -113,12 +113,4 @@ pub enum CommitError {
         /// How long was waited.
         after: Duration,
     },
-}
-
-impl CommitError {
-    #[allow(dead_code)]
-    pub(super) fn engine(mem: &ProcessMemory, call: &'static str) -> impl FnOnce(Errno) -> Self {
-        let pid = mem.pid();
-        move |errno| Self::Engine { pid, call, errno }
-    }
 }

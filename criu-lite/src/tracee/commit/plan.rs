@@ -22,13 +22,11 @@ pub const fn result_of(back: u32) -> u64 {
 }
 
 /// The offset if `arg` was made by [`data`].
-#[allow(dead_code)]
 pub(super) const fn as_data(arg: u64) -> Option<u64> {
     if arg & !0xffff_ffff == DATA { Some(arg & 0xffff_ffff) } else { None }
 }
 
 /// The distance if `arg` was made by [`result_of`].
-#[allow(dead_code)]
 pub(super) const fn as_result(arg: u64) -> Option<u64> {
     if arg & !0xffff_ffff == RESULT { Some(arg & 0xffff_ffff) } else { None }
 }
@@ -93,8 +91,11 @@ pub struct Context {
     /// and `orig_rax` = −1 (the call is then executed), or as the kernel shows an interrupted call
     /// (`orig_rax` ≥ 0, −ERESTART… in `rax`): it is executed from its beginning.
     pub regs: Regs,
-    /// The XSAVE image as PTRACE_GETREGSET NT_X86_XSTATE gives it.
+    /// The XSAVE image as PTRACE_GETREGSET NT_X86_XSTATE gives it; empty for the initial state.
     pub xstate: Vec<u8>,
+    /// `rip` is on a `syscall` instruction: a signal that comes while the commit runs ends the call with EINTR
+    /// where the kernel would have done so.
+    pub at_call: bool,
 }
 
 /// What one thread becomes.

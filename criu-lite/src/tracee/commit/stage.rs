@@ -1,0 +1,208 @@
+//! Stage, arm, commit.
+
+use super::area::{Map, Mapped, map};
+use super::layout::{Builder, Layout, Lists, NEW, OLD, State, control, written_pages};
+use super::outcome::{CommitError, Outcome};
+use super::plan::{CommitPlan, Context};
+use super::{place, rewind, wait};
+use crate::tracee::fault;
+use crate::{Frozen, TraceError};
+use mcr_image::{Addr, Regs, Tid};
+use std::borrow::Cow;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// Every signal.
+const ALL_SIGNALS: u64 = u64::MAX;
+const PREP: u32 = 0;
+const ARMED: u32 = 1;
+/// Trap, direction: not for the stub.
+const TF_DF: u64 = 0x500;
+
+/// A thread as it was, and where it is parked.
+struct Parked {
+    tid: Tid,
+    regs: Regs,
+    sigmask: u64,
+    /// Address of its block.
+    block: u64,
+}
+
+/// What is undone when it is dropped: threads put back, then the area unmapped.
+struct Held<'f> {
+    frozen: &'f mut Frozen,
+    area: Mapped,
+    map: Map,
+    /// Offset of the state word.
+    word: u64,
+    /// Threads that stand at the stub are the first `parked` ones.
+    threads: Vec<Parked>,
+    parked: usize,
+    /// The process goes its own way now.
+    gone: bool,
+}
+
+impl Held<'_> {
+    /// Threads back to where they were stopped. The mask first: should the engine die in between, the stub
+    /// takes the thread back, too.
+    fn unpark(&mut self) -> Result<(), TraceError> {
+        let mut first = Ok(());
+        for p in &self.threads[..self.parked] {
+            if let Some(t) = self.frozen.thread(p.tid) {
+                first = first.and(t.set_sigmask(p.sigmask)).and(t.set_regs(&p.regs));
+            }
+        }
+        self.parked = 0;
+        first
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if self.gone {
+            return;
+        }
+        // Disarmed before a thread is put back: a dying engine must not leave half of them.
+        self.map.word(self.word).store(PREP, Ordering::SeqCst);
+        // Fails only when the process is dying.
+        drop(self.unpark());
+        drop(self.area.unmap(self.frozen.leader()));
+    }
+}
+
+/// A process with a filled staging area. Dropping it leaves the process as it was, frozen.
+pub struct Staged<'f> {
+    held: Held<'f>,
+    layout: Layout,
+    lists: Lists,
+    tids: Vec<Tid>,
+}
+
+/// A process whose threads will change it as soon as they run: also when the engine ends. Dropping it disarms.
+pub struct Armed<'f> {
+    staged: Staged<'f>,
+}
+
+/// Maps the staging area in the target and fills it: whatever may be slow or fail for lack of memory.
+pub fn stage<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>, CommitError> {
+    let pid = frozen.pid();
+    let wrong = |why: String| CommitError::Plan { pid, why };
+    check(frozen, plan).map_err(wrong)?;
+    let trace = |source| CommitError::Trace { pid, source };
+    let maps = frozen
+        .memory()
+        .maps()
+        .map_err(|source| trace(TraceError::Proc { path: format!("/proc/{pid}/maps"), source }))?;
+    let writes = place::disjoint(&plan.writes);
+    let pages = written_pages(plan, &writes, &maps);
+    let held_xstate: Vec<Vec<u8>> = plan
+        .threads
+        .iter()
+        .map(|t| frozen.thread(t.tid).ok_or(TraceError::Gone { tid: t.tid })?.xstate())
+        .collect::<Result<_, _>>()
+        .map_err(trace)?;
+    let new = plan.threads.iter().map(|t| &t.becomes).chain(plan.new_threads.iter().map(|t| &t.becomes));
+    let xlen = held_xstate.iter().map(Vec::len).chain(new.map(|c| c.xstate.len())).max().unwrap_or(0);
+    let layout = Layout::new(plan, pages.len(), &writes, xlen as u64);
+    let at = place::address(&maps, &place::claimed(plan), layout.len)
+        .ok_or_else(|| wrong(format!("no gap of {} bytes between its mappings", layout.len)))?;
+    let (area, map) = map(frozen, Addr(at), layout.len, layout.control)?;
+    let word = layout.control + control::STATE;
+    let mut held = Held { frozen, area, map, word, threads: Vec::new(), parked: 0, gone: false };
+
+    let mut b = Builder::new(held.map.bytes(), area.at, &layout, &plan.data);
+    b.code();
+    let lists = b.lists(plan, &pages, &writes).map_err(wrong)?;
+    b.control(plan, &lists);
+    for (n, (t, xstate)) in plan.threads.iter().zip(&held_xstate).enumerate() {
+        let tracee = held.frozen.thread(t.tid).ok_or(trace(TraceError::Gone { tid: t.tid }))?;
+        let (regs, sigmask) = (tracee.regs().map_err(trace)?, tracee.sigmask().map_err(trace)?);
+        let (old, class) = rewind::old(t.tid, &regs, tracee.memory());
+        b.block(n, u32::from(n != 0), &lists.threads[n], 0);
+        b.context(n, OLD, &State { regs: old, class, xstate: Cow::Borrowed(xstate), sigmask });
+        b.context(n, NEW, &state(&t.becomes, t.sigmask));
+        held.threads.push(Parked { tid: t.tid, regs, sigmask, block: area.at.0 + layout.block(n) });
+    }
+    for (i, t) in plan.new_threads.iter().enumerate() {
+        let n = plan.threads.len() + i;
+        b.block(n, 2, &lists.threads[n], t.tid_word.map_or(0, |a| a.0));
+        b.context(n, NEW, &state(&t.becomes, t.sigmask));
+    }
+    let tids = plan.threads.iter().map(|t| t.tid).collect();
+    Ok(Staged { held, layout, lists, tids })
+}
+
+fn state(c: &Context, sigmask: u64) -> State<'_> {
+    let (regs, class) = rewind::new(&c.regs, c.at_call);
+    State { regs, class, xstate: Cow::Borrowed(&c.xstate), sigmask }
+}
+
+/// Does the plan name exactly the process's threads?
+fn check(frozen: &Frozen, plan: &CommitPlan) -> Result<(), String> {
+    let mut have: Vec<Tid> = frozen.threads().iter().map(crate::Tracee::tid).collect();
+    let mut named: Vec<Tid> = plan.threads.iter().map(|t| t.tid).collect();
+    have.sort_unstable();
+    named.sort_unstable();
+    if have != named {
+        return Err(format!("it names the threads {named:?}, the process has {have:?}"));
+    }
+    let new = plan.threads.iter().map(|t| &t.becomes).chain(plan.new_threads.iter().map(|t| &t.becomes));
+    for c in new {
+        if c.regs.rip == 0 || c.regs.cs & 3 != 3 {
+            return Err(format!("a new context has rip {:#x} and cs {:#x}", c.regs.rip, c.regs.cs));
+        }
+    }
+    Ok(())
+}
+
+impl<'f> Staged<'f> {
+    /// Where the area lies, and its length.
+    #[must_use]
+    pub fn area(&self) -> (Addr, u64) {
+        (self.held.area.at, self.held.area.len)
+    }
+
+    /// Sets every thread's registers to the stub, then its signal mask, and last the state word: from that
+    /// store on the process changes when its threads run, with or without the engine.
+    pub fn arm(mut self) -> Result<Armed<'f>, CommitError> {
+        let pid = self.held.frozen.pid();
+        let entry = self.held.area.at.0;
+        let control = entry + self.layout.control;
+        for i in 0..self.held.threads.len() {
+            let p = &self.held.threads[i];
+            let stub = Regs {
+                rip: entry,
+                rax: 0,
+                orig_rax: u64::MAX,
+                r14: control,
+                r15: p.block,
+                eflags: p.regs.eflags & !TF_DF,
+                ..p.regs
+            };
+            let t = self.held.frozen.thread(p.tid).ok_or(CommitError::Ended { pid })?;
+            t.set_regs(&stub).map_err(|source| CommitError::Trace { pid, source })?;
+            self.held.parked = i + 1;
+            let t = self.held.frozen.thread(self.held.threads[i].tid).ok_or(CommitError::Ended { pid })?;
+            t.set_sigmask(ALL_SIGNALS).map_err(|source| CommitError::Trace { pid, source })?;
+        }
+        fault::point();
+        self.held.map.word(self.held.word).store(ARMED, Ordering::SeqCst);
+        fault::point();
+        Ok(Armed { staged: self })
+    }
+}
+
+impl Armed<'_> {
+    /// Lets all threads go and waits for the verdict. The process runs untraced afterwards, new or old; the
+    /// [`Frozen`] holds no threads any more.
+    pub fn commit(self) -> Result<Outcome, CommitError> {
+        let Staged { mut held, layout, lists, tids } = self.staged;
+        let began = Instant::now();
+        held.gone = true;
+        let pid = held.frozen.pid();
+        let released = held.frozen.release();
+        wait::verdict(held.frozen, &held.map, layout.control + control::DONE, began)?;
+        released.map_err(|source| CommitError::Trace { pid, source })?;
+        Ok(wait::read(&held.map, &layout, &lists, &tids, held.area, began.elapsed()))
+    }
+}
