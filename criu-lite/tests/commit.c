@@ -34,6 +34,7 @@ static u64 old_word(u64 i) { return i * 0x9e3779b97f4a7c15ull ^ 0x1111; }
 /* ---- old ---- */
 static volatile int bad, eintr, sleeps, signals, threads, mp[2], up[MAX], hits[MAX];
 static int stop;
+static long scale = 1; /* of all timeouts */
 static pthread_mutex_t m = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t c = PTHREAD_COND_INITIALIZER;
 static void fail(int n) { __sync_fetch_and_add(&bad, 1); dprintf(2, "check %d, errno %d\n", n, errno); }
@@ -55,17 +56,17 @@ static void *work(void *a) {
         case 0: { struct epoll_event g; int r = epoll_wait(ep, &g, 1, -1);
             if (r < 0 && errno == EINTR) interrupted(i); else fail(2); break; }
         case 1: pthread_mutex_lock(&m); if (!stop) pthread_cond_wait(&c, &m); pthread_mutex_unlock(&m); break;
-        case 2: { struct timespec d = { 0, 200000000 }; int r = nanosleep(&d, &d);
+        case 2: { struct timespec d = { 0, 200000000 }; if (scale > 1) d.tv_sec = scale; int r = nanosleep(&d, scale > 1 ? 0 : &d); /* the kernel writes what is left at every stop */
             if (r < 0 && errno == EINTR) interrupted(i);
             else { if (r || ns() - t < 200000000) fail(3); __sync_fetch_and_add(&sleeps, 1); } break; }
         case 3: { char b[8]; ssize_t r = read(p[0], b, 8);
             if (r < 0 && errno == EINTR) interrupted(i); else fail(4); break; }
         case 4: { struct timespec d = { 0, 40000000 }; struct pollfd f = { p[0], POLLIN, 0 };
-            int r = ppoll(&f, 1, &d, 0); if (r < 0 && errno == EINTR) interrupted(i); else if (r || ns() - t < 39000000) fail(5); break; }
-        case 5: { struct pollfd f = { p[0], POLLIN, 0 }; int r = poll(&f, 1, 200);
+            int r = ppoll(&f, 1, scale > 1 ? 0 : &d, 0); /* likewise */ if (r < 0 && errno == EINTR) interrupted(i); else if (r || ns() - t < 39000000) fail(5); break; }
+        case 5: { struct pollfd f = { p[0], POLLIN, 0 }; int r = poll(&f, 1, 200 * scale);
             if (r < 0 && errno == EINTR) interrupted(i);
             else { if (r || ns() - t < 199000000) fail(6); __sync_fetch_and_add(&sleeps, 1); } break; }
-        case 6: { int w = 0; struct timespec d = { 0, 200000000 };
+        case 6: { int w = 0; struct timespec d = { 0, 200000000 }; if (scale > 1) d.tv_sec = scale;
             long r = syscall(SYS_futex, &w, FUTEX_WAIT, 0, &d, 0, 0);
             if (r < 0 && errno == EINTR) interrupted(i);
             else { if (r == 0 || errno != ETIMEDOUT || ns() - t < 200000000) fail(7); __sync_fetch_and_add(&sleeps, 1); } break; }
@@ -134,10 +135,11 @@ __attribute__((used)) void new_thread(long i) {
 }
 
 int main(int argc, char **argv) {
-    int n = argc > 1 ? atoi(argv[1]) : 0;
+    int n = argc > 1 ? atoi(argv[1]) : 0; scale = argc > 2 ? atol(argv[2]) : 1;
     for (u64 i = 0; i < WORDS; i++) words[i * STRIDE] = old_word(i);
     struct sigaction sa = { .sa_handler = on }; sigaction(SIGUSR1, &sa, 0); sa.sa_flags = SA_RESTART; sigaction(SIGUSR2, &sa, 0);
-    pthread_t t[MAX]; for (long i = 0; i < n; i++) if (pthread_create(&t[i], 0, work, (void *)i)) fail(9);
+    pthread_attr_t at; pthread_attr_init(&at); pthread_attr_setstacksize(&at, 65536);
+    pthread_t t[MAX]; for (long i = 0; i < n; i++) if (pthread_create(&t[i], &at, work, (void *)i)) fail(9);
     while (threads < n) usleep(1000);
     puts("ready");
     printf("%lx %lx %lx %lx %lx %lx %lx %lx\n", (long)words, (long)new_start, (long)stacks, (long)blocks, (long)&expected,

@@ -3,11 +3,13 @@
 mod common;
 
 use common::Program;
-use mcr_criu_lite::tracee::commit::{self, Call, CommitPlan, Context, NewThread, ThreadPlan};
+use mcr_criu_lite::tracee::commit::{self, Call, CommitPlan, Context, List, NewThread, ThreadPlan};
+use mcr_criu_lite::tracee::fault;
 use mcr_criu_lite::{FreezeOptions, Frozen};
 use mcr_image::{Addr, Memory, Pid, Regs, Tid};
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 const WORDS: u64 = 100_000;
 const STACK: u64 = 16384;
@@ -33,7 +35,12 @@ struct Target {
 
 impl Target {
     fn start(threads: usize) -> Self {
-        let mut p = Program::spawn_with(&exe(), &[&threads.to_string()]);
+        Self::start_with(threads, 1)
+    }
+
+    /// `scale` makes all timeouts longer.
+    fn start_with(threads: usize, scale: u32) -> Self {
+        let mut p = Program::spawn_with(&exe(), &[&threads.to_string(), &scale.to_string()]);
         let a: Vec<u64> = p.line().split(' ').map(|w| u64::from_str_radix(w, 16).unwrap()).collect();
         let workers: Vec<i32> = p.line().split_whitespace().map(|w| w.parse().unwrap()).collect();
         assert_eq!(workers.len(), threads);
@@ -148,7 +155,6 @@ impl Target {
         }
         plan.writes.push((Addr(self.expected), ((all + extra) as u32).to_le_bytes().to_vec()));
         // A descriptor, a handler, and memory.
-        let pair = plan.put(&[0; 8]);
         plan.calls.push(Call::new(libc::SYS_dup3, &[1, 200, 0]).undo(libc::SYS_close, &[200]));
         const SA_RESTORER: u64 = 0x0400_0000;
         let act: Vec<u8> =
@@ -167,7 +173,6 @@ impl Target {
         plan.calls.push(Call::new(libc::SYS_close, &[9999]).ignore());
         plan.after.push(Call::new(libc::SYS_getpid, &[]));
         plan.after.push(Call::new(libc::SYS_close, &[9999]));
-        let _ = pair;
         plan
     }
 
@@ -184,6 +189,12 @@ impl Target {
         self.p.tell("?");
         self.p.line()
     }
+}
+
+fn number(line: &str, name: &str) -> i64 {
+    let mut w = line.split(' ');
+    w.by_ref().find(|&x| x == name).unwrap_or_else(|| panic!("no {name} in {line:?}"));
+    w.next().unwrap().parse().unwrap()
 }
 
 fn commits(threads: usize, extra: u64) {
@@ -234,4 +245,327 @@ fn a_process_becomes_wholly_new() {
 fn threads_that_only_the_new_version_has_are_made() {
     commits(0, 3);
     commits(5, 8);
+}
+
+/// Everything of a frozen process that an abort must leave: memory, maps, registers, masks, descriptors.
+#[derive(PartialEq)]
+struct Picture {
+    maps: Vec<String>,
+    memory: Vec<(u64, Vec<u8>)>,
+    threads: Vec<(Regs, Vec<u8>, u64, u64)>,
+    fds: Vec<(String, PathBuf)>,
+}
+
+fn picture(f: &Frozen) -> Picture {
+    let mem = f.memory();
+    let maps: Vec<_> = mem.maps().unwrap();
+    let rseq: Vec<u64> = f.threads().iter().map(|t| t.rseq().unwrap().0.0).collect();
+    let writable = |m: &&mcr_criu_lite::procfs::maps::MapsLine| m.prot & 2 != 0 && !m.name.starts_with(b"[v");
+    let memory = maps.iter().filter(writable).map(|m| {
+        let mut b = mem.bytes(m.start, m.end.since(m.start) as usize).unwrap();
+        // The kernel writes to the registered structure as it likes.
+        for r in rseq.iter().filter(|&&r| (m.start.0..m.end.0).contains(&r)) {
+            b[(r - m.start.0) as usize..][..32].fill(0);
+        }
+        (m.start.0, b)
+    });
+    let threads = f.threads().iter().map(|t| {
+        let r = t.regs().unwrap();
+        // How often a call was restarted is not a state.
+        let (rax, orig_rax) = (0, u64::from(r.orig_rax as i64 >= 0));
+        (Regs { rax, orig_rax, ..r }, t.xstate().unwrap(), t.sigmask().unwrap(), t.rseq().unwrap().0.0)
+    });
+    let mut fds: Vec<(String, PathBuf)> = std::fs::read_dir(format!("/proc/{}/fd", f.pid()))
+        .unwrap()
+        .map(|e| e.unwrap())
+        .map(|e| (e.file_name().to_string_lossy().into_owned(), std::fs::read_link(e.path()).unwrap()))
+        .collect();
+    fds.sort();
+    Picture {
+        maps: maps.iter().map(|m| format!("{m:?}")).collect(),
+        memory: memory.collect(),
+        threads: threads.collect(),
+        fds,
+    }
+}
+
+fn same(before: &Picture, after: &Picture, what: &str) {
+    assert_eq!(before.maps, after.maps, "{what}");
+    assert_eq!(before.fds, after.fds, "{what}");
+    for ((at, b), (_, a)) in before.memory.iter().zip(&after.memory) {
+        if let Some(n) = b.iter().zip(a).position(|(x, y)| x != y) {
+            panic!("{what}: byte at {:#x} was {:#x}, is {:#x}", at + n as u64, b[n], a[n]);
+        }
+    }
+    for (b, a) in before.threads.iter().zip(&after.threads) {
+        assert_eq!((b.0, b.2, b.3), (a.0, a.2, a.3), "{what}");
+        assert_eq!(b.1, a.1, "{what}: vector registers");
+    }
+    assert_eq!(before.threads.len(), after.threads.len(), "{what}");
+}
+
+fn bad_call() -> Call {
+    Call::new(libc::SYS_close, &[9999])
+}
+
+#[test]
+fn a_failed_call_leaves_the_process_byte_for_byte() {
+    for threads in [0, 8, 63] {
+        let mut t = Target::start_with(threads, 1000);
+        let mut f = t.freeze();
+        let whole = t.plan(&mut f, 4);
+        let before = picture(&f);
+        f.thaw().unwrap();
+        let last = threads;
+        type Break = (&'static str, fn(&mut CommitPlan, usize), fn(&CommitPlan, usize) -> List);
+        let cases: [Break; 7] = [
+            ("process", |p, _| p.calls.push(bad_call()), |_, _| List::Calls),
+            ("page", |p, _| p.writes.push((Addr(4096), vec![1])), |_, _| List::Page(Addr(4096))),
+            (
+                "code page",
+                |p, _| p.writes.push((Addr(p.threads[0].becomes.regs.rip), vec![1])),
+                |p, _| List::Page(Addr(p.threads[0].becomes.regs.rip & !4095)),
+            ),
+            ("before", |p, n| p.threads[n].before.push(bad_call()), |p, n| List::Before(p.threads[n].tid)),
+            ("thread", |p, n| p.threads[n].calls.push(bad_call()), |p, n| List::Thread(p.threads[n].tid)),
+            ("leader", |p, _| p.threads[0].calls.push(bad_call()), |p, _| List::Thread(p.threads[0].tid)),
+            ("new thread", |p, _| p.new_threads[3].calls.push(bad_call()), |_, _| List::NewThread(3)),
+        ];
+        for (what, spoil, want) in cases {
+            let mut plan = whole.clone();
+            // Any thread can lead.
+            plan.threads.rotate_left(last / 2);
+            spoil(&mut plan, last);
+            let mut f = t.freeze();
+            let out = commit::stage(&mut f, &plan).unwrap().arm().unwrap().commit().unwrap();
+            drop(f);
+            assert!(!out.committed, "{what}");
+            assert_eq!(out.failure.unwrap().list, want(&plan, last), "{what}: {}", out.failure.unwrap());
+            t.settle();
+            let mut f = t.freeze();
+            assert_eq!(commit::sweep(&mut f).unwrap(), out.area.1, "{what}");
+            same(&before, &picture(&f), what);
+            f.thaw().unwrap();
+            t.settle();
+        }
+        // Taken back before anything ran.
+        for armed in [false, true] {
+            let mut f = t.freeze();
+            let staged = commit::stage(&mut f, &whole).unwrap();
+            if armed {
+                drop(staged.arm().unwrap());
+            } else {
+                drop(staged);
+            }
+            same(&before, &picture(&f), if armed { "armed" } else { "staged" });
+            f.thaw().unwrap();
+            t.settle();
+        }
+        let line = t.ask();
+        assert!(line.starts_with("old bad 0 eintr 0 "), "{line}");
+        t.p.finish_ok();
+    }
+}
+
+/// One commit that fails in the last thread's last call.
+fn abort(t: &Target) {
+    let mut f = t.freeze();
+    commit::sweep(&mut f).unwrap();
+    let mut plan = t.plan(&mut f, 1);
+    plan.threads.last_mut().unwrap().calls.push(bad_call());
+    let out = commit::stage(&mut f, &plan).unwrap().arm().unwrap().commit().unwrap();
+    assert!(!out.committed);
+}
+
+#[test]
+fn timeouts_run_on_over_many_aborted_commits() {
+    let mut t = Target::start(8);
+    // Each sleep is longer than the time between two commits: one that began anew would never end.
+    let begin = number(&t.ask(), "sleeps");
+    let mut rounds = 0;
+    while number(&t.ask(), "sleeps") < begin + 6 {
+        abort(&t);
+        rounds += 1;
+        assert!(rounds < 10_000, "no sleep ends");
+    }
+    let line = t.ask();
+    assert!(line.starts_with("old bad 0 eintr 0 "), "{line}");
+    t.p.finish_ok();
+}
+
+#[test]
+fn signals_that_come_while_parked_are_not_lost() {
+    for (signal, hits) in [
+        (libc::SIGUSR1, "1 0 1 1 1 1 1 1"),
+        (libc::SIGUSR2, "1 0 1 0 1 1 1 1"),
+        (libc::SIGCHLD, "0 0 0 0 0 0 0 0"),
+    ] {
+        let mut t = Target::start_with(8, 1000);
+        let mut f = t.freeze();
+        let mut plan = t.plan(&mut f, 1);
+        plan.calls.push(bad_call());
+        let armed = commit::stage(&mut f, &plan).unwrap().arm().unwrap();
+        for &tid in &t.workers {
+            // SAFETY: our own child's threads.
+            assert_eq!(unsafe { libc::syscall(libc::SYS_tgkill, t.p.pid(), tid, signal) }, 0);
+        }
+        assert!(!armed.commit().unwrap().committed);
+        drop(f);
+        t.settle();
+        let line = t.ask();
+        let signals = if signal == libc::SIGCHLD { 0 } else { 8 };
+        assert!(line.starts_with("old bad 0 "), "{line}");
+        assert!(line.ends_with(&format!(" signals {signals} hits {hits}")), "signal {signal}: {line}");
+        t.p.finish_ok();
+    }
+    // The new version's handler gets it.
+    let mut t = Target::start(8);
+    let mut f = t.freeze();
+    let plan = t.plan(&mut f, 1);
+    let armed = commit::stage(&mut f, &plan).unwrap().arm().unwrap();
+    // SAFETY: our own child.
+    unsafe { libc::kill(t.p.pid(), libc::SIGUSR1) };
+    assert!(armed.commit().unwrap().committed);
+    drop(f);
+    assert_eq!(t.ask(), "new bad 0 threads 10 signals 1");
+    t.p.finish_ok();
+}
+
+/// An engine of its own process that commits, or fails to, and sweeps. It dies before its `n`-th call on the
+/// target; 0: it does not.
+fn engine(t: &Target, n: u64, fails: bool) -> libc::pid_t {
+    // SAFETY: the child calls nothing but our own code and ends by _exit; it takes no lock that another thread of
+    // this test holds (allocation is safe after fork in glibc).
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let whole = std::panic::catch_unwind(|| {
+            if n > 0 {
+                fault::kill_before(fault::passed() + n);
+            }
+            let mut f = t.freeze();
+            commit::sweep(&mut f).unwrap();
+            let mut plan = t.plan(&mut f, 2);
+            if fails {
+                plan.new_threads[1].calls.push(bad_call());
+            }
+            let out = commit::stage(&mut f, &plan).unwrap().arm().unwrap().commit().unwrap();
+            assert_eq!(out.committed, !fails);
+            drop(f);
+            let mut f = t.freeze();
+            commit::sweep(&mut f).unwrap();
+            f.thaw().unwrap();
+        });
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(if whole.is_ok() { 0 } else { 2 }) };
+    }
+    child
+}
+
+/// Its wait status.
+fn reap(engine: libc::pid_t) -> i32 {
+    let mut status = 0;
+    // SAFETY: our child.
+    assert_eq!(unsafe { libc::waitpid(engine, &mut status, 0) }, engine);
+    status
+}
+
+/// Asks the process; it must be wholly old or wholly new. A new one is replaced.
+fn judge(t: &mut Target, threads: usize, what: &str) -> bool {
+    let line = t.ask();
+    if line.starts_with("new") {
+        assert_eq!(line, format!("new bad 0 threads {} signals 0", threads + 3), "{what}");
+        std::mem::replace(t, Target::start(threads)).p.finish_ok();
+        return true;
+    }
+    assert!(line.starts_with("old bad 0 "), "{what}: {line}");
+    t.settle();
+    let tids = mcr_criu_lite::tids(Pid(t.p.pid())).unwrap();
+    assert_eq!(tids.len(), threads + 1, "{what}");
+    false
+}
+
+#[test]
+fn an_engine_killed_before_each_of_its_calls_leaves_old_or_new() {
+    for fails in [false, true] {
+        let threads = 3;
+        let mut t = Target::start(threads);
+        let (mut old, mut new) = (0, 0);
+        for n in 1.. {
+            let status = reap(engine(&t, n, fails));
+            let done = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
+            assert!(done || libc::WIFSIGNALED(status), "engine {n}: status {status:#x}");
+            let is_new = judge(&mut t, threads, &format!("killed before call {n}"));
+            *(if is_new { &mut new } else { &mut old }) += 1;
+            // It never turns back.
+            assert!(is_new || fails || new == 0 || done, "call {n} came before");
+            if done {
+                assert_eq!(is_new, !fails);
+                break;
+            }
+        }
+        println!("killed before each call, failing {fails}: {old} old, {new} new");
+        assert!(old > 50 && (new > 5 || fails));
+        let mut f = t.freeze();
+        commit::sweep(&mut f).unwrap();
+        assert!(!f.memory().maps().unwrap().iter().any(|m| m.name.starts_with(b"/memfd:")));
+        assert!(!picture(&f).fds.iter().any(|(_, to)| to.to_string_lossy().contains("memfd")));
+        f.thaw().unwrap();
+        t.p.finish_ok();
+    }
+}
+
+#[test]
+fn an_engine_killed_at_any_instant_leaves_old_or_new() {
+    let rounds = std::env::var("MCR_COMMIT_ROUNDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60u64);
+    let threads = 8;
+    let mut t = Target::start(threads);
+    // How long an engine takes, to spread the instants.
+    let begin = Instant::now();
+    assert_eq!(reap(engine(&t, 0, true)), 0);
+    let whole = begin.elapsed().as_nanos() as u64 * 3 / 2;
+    assert!(!judge(&mut t, threads, "undisturbed"));
+    let (mut old, mut new) = (0, 0);
+    for n in 0..rounds {
+        let fails = n % 4 == 3;
+        let at = Duration::from_nanos(n.wrapping_mul(0x9e37_79b9_7f4a_7c15) % whole);
+        let begin = Instant::now();
+        let e = engine(&t, 0, fails);
+        while begin.elapsed() < at {
+            std::hint::spin_loop();
+        }
+        // SAFETY: our child; not reaped yet.
+        unsafe { libc::kill(e, libc::SIGKILL) };
+        reap(e);
+        let is_new = judge(&mut t, threads, &format!("round {n}, killed after {at:?}"));
+        assert!(!(is_new && fails));
+        *(if is_new { &mut new } else { &mut old }) += 1;
+    }
+    println!("killed at {rounds} instants: {old} old, {new} new");
+    t.p.finish_ok();
+}
+
+#[test]
+#[ignore = "measures: run with --nocapture on a quiet machine"]
+fn times() {
+    println!("threads  plan µs  stage µs  arm µs  commit µs (100k words)");
+    for threads in [0, 7, 63] {
+        let mut best = [u128::MAX; 4];
+        for _ in 0..10 {
+            let t = Target::start(threads);
+            let mut f = t.freeze();
+            let a = Instant::now();
+            let plan = t.plan(&mut f, 0);
+            let b = Instant::now();
+            let staged = commit::stage(&mut f, &plan).unwrap();
+            let c = Instant::now();
+            let armed = staged.arm().unwrap();
+            let d = Instant::now();
+            let out = armed.commit().unwrap();
+            assert!(out.committed);
+            for (to, v) in best.iter_mut().zip([b - a, c - b, d - c, out.took]) {
+                *to = (*to).min(v.as_micros());
+            }
+        }
+        println!("{:7}  {:7}  {:8}  {:6}  {:9}", threads + 1, best[0], best[1], best[2], best[3]);
+    }
 }
