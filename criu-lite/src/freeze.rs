@@ -245,21 +245,20 @@ impl Frozen {
         let pid = self.pid;
         self.since = Instant::now();
         loop {
-            let mut fresh = Vec::new();
+            let (mut fresh, mut dying) = (Vec::new(), false);
             for tid in tids(pid).map_err(|_| FreezeError::NoProcess { pid })? {
                 if self.threads.iter().any(|t| t.tid() == tid) {
                     continue;
                 }
                 match Tracee::seize_with(pid, tid, self.mem.clone()).and_then(|t| t.interrupt().map(|()| t)) {
                     Ok(t) => fresh.push(t),
-                    // It exited between the listing and now.
-                    Err(TraceError::Gone { .. }) => {}
+                    // It exited between the listing and now. A thread that is past its exit but still listed
+                    // gives EPERM, as one of somebody else's would.
+                    Err(e) if matches!(e, TraceError::Gone { .. }) || is_dying(pid, tid, &e) => dying = true,
                     Err(e) => return Err(self.seize_error(tid, e)),
                 }
             }
-            if fresh.is_empty() {
-                break;
-            }
+            let found = !fresh.is_empty();
             for mut t in fresh {
                 match t.wait_event_stop(Some(deadline)) {
                     Ok(Stop::Group(_)) => {
@@ -267,10 +266,24 @@ impl Frozen {
                         return Err(FreezeError::Stopped { pid, comm });
                     }
                     Ok(_) => self.threads.push(t),
-                    Err(TraceError::Gone { .. } | TraceError::Died { .. }) => {}
+                    Err(TraceError::Gone { .. } | TraceError::Died { .. }) => dying = true,
                     Err(source) => return Err(FreezeError::Trace { pid, source }),
                 }
             }
+            if found {
+                continue;
+            }
+            // The kernel cuts the listing short at a thread that ends meanwhile (next_tid, fs/proc/base.c), so
+            // what comes after it may be missing: the number of threads has to agree.
+            let counted = Status::read(pid.0).ok_or(FreezeError::NoProcess { pid })?.num("Threads");
+            if !dying && usize::try_from(counted).is_ok_and(|n| n <= self.threads.len()) {
+                break;
+            }
+            if Instant::now() >= deadline {
+                return Err(FreezeError::Trace { pid, source: TraceError::Timeout { tid: Tid(pid.0) } });
+            }
+            // The dying thread needs a processor, and we are above all others; it is not ours to wait for.
+            std::thread::sleep(Duration::from_micros(20));
         }
         // The leader first, then by age.
         self.threads.sort_by_key(|t| (t.tid().0 != pid.0, t.tid()));
@@ -448,6 +461,14 @@ impl Drop for Frozen {
     fn drop(&mut self) {
         drop(self.release());
     }
+}
+
+/// Whether seizing failed because the thread has exited and is about to vanish. Not for a main thread: that one
+/// stays as a zombie.
+fn is_dying(pid: Pid, tid: Tid, e: &TraceError) -> bool {
+    tid.0 != pid.0
+        && e.errno() == Some(Errno::EPERM)
+        && Status::read(tid.0).is_none_or(|s| matches!(s.get("State").chars().next(), Some('Z' | 'X')))
 }
 
 /// The threads of a process as /proc shows them.
