@@ -8,7 +8,9 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
 #include <linux/futex.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -17,18 +19,19 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define MAX 80
-#define WORDS 100000
+#define MAX_WORDS 100000
 #define STRIDE 8
 #define STACK 16384
 
 typedef uint64_t u64;
 
-static u64 words[WORDS * STRIDE];
+static u64 words[MAX_WORDS * STRIDE], count = MAX_WORDS;
 static u64 old_word(u64 i) { return i * 0x9e3779b97f4a7c15ull ^ 0x1111; }
 
 /* ---- old ---- */
@@ -107,8 +110,8 @@ static char *text(char *to, const char *s) { while (*s) *to++ = *s++; return to;
 static void new_main(void) {
     int n;
     while ((n = arrived) != expected) sys(SYS_futex, (long)&arrived, FUTEX_WAIT, n, 0);
-    for (u64 i = 0; i < WORDS; i++) if (words[i * STRIDE] != ~old_word(i)) { new_bad++; break; }
-    for (u64 i = 0; i < WORDS; i++) if (words[i * STRIDE + 1]) { new_bad++; break; }
+    for (u64 i = 0; i < count; i++) if (words[i * STRIDE] != ~old_word(i)) { new_bad++; break; }
+    for (u64 i = 0; i < count; i++) if (words[i * STRIDE + 1]) { new_bad++; break; }
     if (sys(SYS_fcntl, 200, 1, 0, 0) < 0) new_bad++;
     for (;;) {
         char b[64]; long r = sys(SYS_read, 0, (long)b, 64, 0);
@@ -136,11 +139,18 @@ __attribute__((used)) void new_thread(long i) {
 
 int main(int argc, char **argv) {
     int n = argc > 1 ? atoi(argv[1]) : 0; scale = argc > 2 ? atol(argv[2]) : 1;
-    for (u64 i = 0; i < WORDS; i++) words[i * STRIDE] = old_word(i);
+    if (argc > 3) count = atol(argv[3]);
+    for (u64 i = 0; i < count; i++) words[i * STRIDE] = old_word(i);
     struct sigaction sa = { .sa_handler = on }; sigaction(SIGUSR1, &sa, 0); sa.sa_flags = SA_RESTART; sigaction(SIGUSR2, &sa, 0);
     pthread_attr_t at; pthread_attr_init(&at); pthread_attr_setstacksize(&at, 65536);
     pthread_t t[MAX]; for (long i = 0; i < n; i++) if (pthread_create(&t[i], &at, work, (void *)i)) fail(9);
     while (threads < n) usleep(1000);
+    if (argc > 4) { /* no more threads */
+        struct sock_filter f[] = { BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0), BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 0, 1),
+            BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAGAIN), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW) };
+        struct sock_fprog g = { 4, f };
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 1, &g)) fail(14);
+    }
     puts("ready");
     printf("%lx %lx %lx %lx %lx %lx %lx %lx\n", (long)words, (long)new_start, (long)stacks, (long)blocks, (long)&expected,
         (long)new_handler, (long)new_restorer, (long)&slots);
@@ -148,8 +158,8 @@ int main(int argc, char **argv) {
     puts(""); fflush(stdout);
     char b[64]; ssize_t r;
     while ((r = read(0, b, 64)) > 0) {
-        for (u64 i = 0; i < WORDS; i++) if (words[i * STRIDE] != old_word(i)) { fail(10); break; }
-        for (u64 i = 0; i < WORDS; i++) if (words[i * STRIDE + 1]) { fail(11); break; }
+        for (u64 i = 0; i < count; i++) if (words[i * STRIDE] != old_word(i)) { fail(10); break; }
+        for (u64 i = 0; i < count; i++) if (words[i * STRIDE + 1]) { fail(11); break; }
         if (fcntl(200, F_GETFD) >= 0 || new_bad || arrived || expected) fail(12);
         printf("old bad %d eintr %d sleeps %d signals %d hits", bad, eintr, sleeps, signals);
         for (int i = 0; i < n && i < 8; i++) printf(" %d", hits[i]);

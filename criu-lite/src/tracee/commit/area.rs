@@ -46,7 +46,7 @@ impl Map {
 
     /// A word that the target may change.
     pub(super) fn word(&self, offset: u64) -> &AtomicU32 {
-        assert!(offset as usize + 4 <= self.len && offset % 4 == 0);
+        assert!(offset as usize + 4 <= self.len && offset.is_multiple_of(4));
         // SAFETY: inside the mapping and aligned; only accessed atomically while the target runs.
         unsafe { &*self.at.add(offset as usize).cast::<AtomicU32>() }
     }

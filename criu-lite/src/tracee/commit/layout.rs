@@ -45,6 +45,14 @@ pub(super) mod control {
     pub(super) const ALL: u64 = 144;
 }
 
+/// The longest write of one entry: its length stands above the address in one word.
+const CHUNK: usize = 0x8000;
+
+/// What a write takes in the list.
+fn written(bytes: &[u8]) -> u64 {
+    8 * bytes.len().div_ceil(CHUNK) as u64 + (bytes.len() as u64).next_multiple_of(8)
+}
+
 /// A thread's state on one side of the commit.
 pub(super) struct State<'a> {
     pub regs: Regs,
@@ -79,7 +87,7 @@ impl Layout {
         let own: usize = plan.threads.iter().map(|t| t.before.len() + t.calls.len()).sum();
         let new: usize = plan.new_threads.iter().map(|t| t.calls.len()).sum();
         let calls = (plan.calls.len() + plan.after.len() + own + new + pages) as u64;
-        let bytes: u64 = writes.iter().map(|(_, b)| 16 + (b.len() as u64).next_multiple_of(8)).sum();
+        let bytes: u64 = writes.iter().map(|(_, b)| written(b)).sum();
         let data = (plan.data.len() as u64).next_multiple_of(8);
         let len = up(lists + data + calls * ENTRY + bytes).max(lists + PAGE);
         Self { control, blocks, block, lists, len, threads, frame }
@@ -171,12 +179,13 @@ impl<'a> Builder<'a> {
             lists.threads.push([0..0, self.calls(&t.calls, false, "new thread")?]);
         }
         let from = self.next;
-        for (at, b) in writes {
-            let n = self.next;
-            self.put(n, *at);
-            self.put(n + 8, b.len() as u64);
-            self.bytes[n as usize + 16..][..b.len()].copy_from_slice(b);
-            self.next = n + 16 + (b.len() as u64).next_multiple_of(8);
+        for (at, bytes) in writes {
+            for (i, b) in bytes.chunks(CHUNK).enumerate() {
+                let n = self.next;
+                self.put(n, (at + (i * CHUNK) as u64) | (b.len() as u64) << 48);
+                self.bytes[n as usize + 8..][..b.len()].copy_from_slice(b);
+                self.next = n + 8 + (b.len() as u64).next_multiple_of(8);
+            }
         }
         lists.writes = from..self.next;
         Ok(lists)
@@ -301,9 +310,9 @@ pub(super) fn written_pages(
     writes: &[(u64, Cow<'_, [u8]>)],
     maps: &[crate::procfs::maps::MapsLine],
 ) -> Vec<(u64, u64)> {
-    let tids = plan.new_threads.iter().filter_map(|t| t.tid_word).map(|a| (a.0, a.0 + 4));
-    let mut ranges: Vec<(u64, u64)> =
-        writes.iter().map(|(a, b)| (*a, *a + b.len() as u64)).chain(tids).collect();
-    ranges.sort_unstable();
-    place::page_runs(ranges.into_iter(), maps)
+    let mut runs = place::page_runs(writes.iter().map(|(a, b)| (*a, *a + b.len() as u64)), maps);
+    for at in plan.new_threads.iter().filter_map(|t| t.tid_word) {
+        runs.extend(place::page_runs(std::iter::once((at.0, at.0 + 4)), maps));
+    }
+    runs
 }

@@ -10,10 +10,10 @@ const LOW: u64 = 1 << 20;
 const HIGH: u64 = 0x7fff_ffff_f000;
 const PAGE: u64 = 4096;
 
-/// Ranges that a plan may map or write, whatever is there now.
-pub(super) fn claimed(plan: &CommitPlan) -> Vec<(u64, u64)> {
+/// Ranges that a plan may map or write, whatever is there now. `pages`: those that it writes to.
+pub(super) fn claimed(plan: &CommitPlan, pages: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let mut out: Vec<(u64, u64)> = plan.keep_clear.iter().map(|(a, b)| (a.0, b.0)).collect();
-    out.extend(plan.writes.iter().map(|(a, b)| (a.0, a.0 + b.len() as u64)));
+    out.extend_from_slice(pages);
     let threads = plan.threads.iter().flat_map(|t| t.before.iter().chain(&t.calls));
     let lists = plan.calls.iter().chain(&plan.after).chain(threads);
     let calls = lists.chain(plan.new_threads.iter().flat_map(|t| &t.calls));
@@ -52,6 +52,11 @@ pub(super) fn address(maps: &[MapsLine], claimed: &[(u64, u64)], len: u64) -> Op
 
 /// The writes in address order without overlaps: where some overlap, later ones lie over earlier ones.
 pub(super) fn disjoint(writes: &[(Addr, Vec<u8>)]) -> Vec<(u64, Cow<'_, [u8]>)> {
+    let tidy = writes.windows(2).all(|w| w[0].0.0 + w[0].1.len() as u64 <= w[1].0.0);
+    if tidy {
+        let some = writes.iter().filter(|w| !w.1.is_empty());
+        return some.map(|(a, b)| (a.0, Cow::Borrowed(b.as_slice()))).collect();
+    }
     let mut order: Vec<usize> = (0..writes.len()).filter(|&i| !writes[i].1.is_empty()).collect();
     order.sort_by_key(|&i| writes[i].0);
     let end = |i: usize| writes[i].0.0 + writes[i].1.len() as u64;
@@ -125,7 +130,7 @@ mod tests {
         let free = address(&[], &[], 1 << 20).unwrap();
         let flags = libc::MAP_FIXED as u64;
         plan.calls.push(Call::new(libc::SYS_mmap, &[free - (1 << 30), 1 << 31, 3, flags]));
-        let at = address(&[], &claimed(&plan), 1 << 20).unwrap();
+        let at = address(&[], &claimed(&plan, &[]), 1 << 20).unwrap();
         assert!(at + (1 << 20) <= free - (1 << 30) || at >= free + (1 << 30), "{at:#x}");
         assert_eq!(address(&[], &[(0, HIGH - 8192)], 1 << 20), None);
     }

@@ -5,7 +5,7 @@ use super::layout::{Builder, Layout, Lists, NEW, OLD, State, control, written_pa
 use super::outcome::{CommitError, Outcome};
 use super::plan::{CommitPlan, Context};
 use super::{place, rewind, wait};
-use crate::tracee::fault;
+use crate::tracee::{Stop, fault};
 use crate::{Frozen, TraceError};
 use mcr_image::{Addr, Regs, Tid};
 use std::borrow::Cow;
@@ -89,6 +89,10 @@ pub fn stage<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>
     let wrong = |why: String| CommitError::Plan { pid, why };
     check(frozen, plan).map_err(wrong)?;
     let trace = |source| CommitError::Trace { pid, source };
+    // No injection of the caller's is left open.
+    for t in frozen.threads_mut() {
+        t.put_back().map_err(trace)?;
+    }
     let maps = frozen
         .memory()
         .maps()
@@ -102,9 +106,13 @@ pub fn stage<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>
         .collect::<Result<_, _>>()
         .map_err(trace)?;
     let new = plan.threads.iter().map(|t| &t.becomes).chain(plan.new_threads.iter().map(|t| &t.becomes));
-    let xlen = held_xstate.iter().map(Vec::len).chain(new.map(|c| c.xstate.len())).max().unwrap_or(0);
+    let xlen = held_xstate.first().map_or(0, Vec::len);
+    let like = frozen.leader().regs().map_err(trace)?;
+    for c in new {
+        check_context(c, &like, xlen).map_err(wrong)?;
+    }
     let layout = Layout::new(plan, pages.len(), &writes, xlen as u64);
-    let at = place::address(&maps, &place::claimed(plan), layout.len)
+    let at = place::address(&maps, &place::claimed(plan, &pages), layout.len)
         .ok_or_else(|| wrong(format!("no gap of {} bytes between its mappings", layout.len)))?;
     let (area, map) = map(frozen, Addr(at), layout.len, layout.control)?;
     let word = layout.control + control::STATE;
@@ -146,11 +154,29 @@ fn check(frozen: &Frozen, plan: &CommitPlan) -> Result<(), String> {
     if have != named {
         return Err(format!("it names the threads {named:?}, the process has {have:?}"));
     }
-    let new = plan.threads.iter().map(|t| &t.becomes).chain(plan.new_threads.iter().map(|t| &t.becomes));
-    for c in new {
-        if c.regs.rip == 0 || c.regs.cs & 3 != 3 {
-            return Err(format!("a new context has rip {:#x} and cs {:#x}", c.regs.rip, c.regs.cs));
+    for t in frozen.threads() {
+        if t.state() != Some(Stop::Event) {
+            return Err(format!("thread {} is not in an event stop ({:?})", t.tid(), t.state()));
         }
+    }
+    Ok(())
+}
+
+/// Would the kernel take this context? After the point of no return nothing can be refused any more.
+fn check_context(c: &Context, like: &Regs, xlen: usize) -> Result<(), String> {
+    const END: u64 = 0x7fff_ffff_f000;
+    let r = &c.regs;
+    if (r.cs, r.ss) != (like.cs, like.ss) {
+        return Err(format!("a new context has segments {:#x} and {:#x}", r.cs, r.ss));
+    }
+    for (what, v) in [("rip", r.rip), ("fs_base", r.fs_base), ("gs_base", r.gs_base)] {
+        if v >= END || (v == 0 && what == "rip") {
+            return Err(format!("a new context has {what} {v:#x}"));
+        }
+    }
+    // rt_sigreturn(2) ends the process with SIGSEGV over a size that is not this machine's.
+    if !c.xstate.is_empty() && c.xstate.len() != xlen {
+        return Err(format!("a new context has {} bytes of extended state, not {xlen}", c.xstate.len()));
     }
     Ok(())
 }
