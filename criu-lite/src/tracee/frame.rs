@@ -35,6 +35,9 @@ impl SigFrame {
     /// Where it holds rax.
     pub(super) const RAX: u64 = 8 + 40 + 13 * 8;
 
+    /// Where it holds the address of the extended state.
+    pub(super) const FP: u64 = 8 + 40 + 184;
+
     /// Room that a frame with this much extended state takes below its top at most.
     pub(super) const fn room(xlen: u64) -> u64 {
         xlen + 64 + 64 + 64 + 8 + UC_SIZE + SIGINFO_SIZE + 16

@@ -16,8 +16,9 @@ use mcr_image::{Addr, Regs};
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Offsets within a thread's block of its old and its new context.
+/// Offset within a thread's block of its old context.
 pub(super) const OLD: u64 = 112;
+/// Of its new context.
 pub(super) const NEW: u64 = OLD + 216;
 /// The signal frames of a block begin here.
 const FRAMES: u64 = 576;
@@ -43,6 +44,8 @@ pub(super) mod control {
     pub(super) const NEW: u64 = 120;
     pub(super) const BLOCK: u64 = 136;
     pub(super) const ALL: u64 = 144;
+    pub(super) const LEFT: u64 = 148;
+    pub(super) const REST: u64 = 160;
 }
 
 /// The longest write of one entry: its length stands above the address in one word.
@@ -243,6 +246,9 @@ impl<'a> Builder<'a> {
         self.put(c + control::LISTS + 8, l.len - l.lists);
         self.put_range(c + control::NEW, &(l.block(plan.threads.len())..l.block(l.threads as usize)));
         self.put(c + control::BLOCK, l.block);
+        self.put32(c + control::LEFT, l.threads as u32);
+        self.put(c + control::REST, self.address(l.control));
+        self.put(c + control::REST + 8, l.len - l.control);
     }
 
     /// The fields of block `n` that are not contexts.
@@ -255,51 +261,66 @@ impl<'a> Builder<'a> {
         self.put(at + 48, tid_word);
     }
 
-    /// A context of block `n`: `which` is [`OLD`] or [`NEW`].
-    pub(super) fn context(&mut self, n: usize, which: u64, state: &State<'_>) {
-        let block = self.layout.block(n);
-        let top = block + FRAMES + self.layout.frame * if which == OLD { 1 } else { 2 };
+    /// The old context of block `n`: a frame in the block, and the registers for the way by hand.
+    pub(super) fn old_context(&mut self, n: usize, state: &State<'_>) {
+        let (at, top) = (self.layout.block(n) + OLD, self.layout.block(n) + FRAMES + self.layout.frame);
         let r = &state.regs;
         let frame = SigFrame::below(self.address(top), r, &state.xstate, state.sigmask, self.base);
         let off = frame.at.since(self.base);
         self.bytes[off as usize..][..frame.bytes.len()].copy_from_slice(&frame.bytes);
         let tail = stub::blob().len().next_multiple_of(16) as u64 + 16 * n as u64;
-        let at = block + which;
+        self.head(at, frame.at.0, state);
+        self.put(at + 64, self.address(tail));
+        let words = [
+            r.eflags, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11,
+            r.r12, r.r13, r.r14, r.r15, r.rip,
+        ];
+        for (k, w) in words.into_iter().enumerate() {
+            self.put(at + 72 + 8 * k as u64, w);
+        }
+        let code = stub::tail(self.address(tail), self.address(at + 200), self.address(at + 208));
+        self.bytes[tail as usize..tail as usize + 16].copy_from_slice(&code);
+    }
+
+    /// The new context of block `n`: a frame for its own stack, kept in the block until then.
+    pub(super) fn new_context(&mut self, n: usize, state: &State<'_>) {
+        let (at, slot) = (self.layout.block(n) + NEW, self.layout.block(n) + FRAMES + self.layout.frame);
+        let frame = SigFrame::new(&state.regs, &state.xstate, state.sigmask, self.base);
+        // The same offset within 64 bytes, which is what XSAVE state is aligned to.
+        let off = slot + (frame.at.0.wrapping_sub(self.address(slot)) & 63);
+        self.bytes[off as usize..][..frame.bytes.len()].copy_from_slice(&frame.bytes);
+        let here = self.address(off);
+        self.head(at, here, state);
+        let end = frame.at.0 + frame.bytes.len() as u64;
+        let page = frame.at.0 & !(PAGE - 1);
+        let fp = &frame.bytes[SigFrame::FP as usize..][..8];
+        let fp = u64::from_le_bytes(fp.try_into().unwrap_or_default());
         let words = [
             frame.at.0,
+            frame.bytes.len() as u64,
+            page,
+            end.next_multiple_of(PAGE) - page,
+            if fp == 0 { 0 } else { fp - frame.at.0 + here },
+        ];
+        for (k, w) in words.into_iter().enumerate() {
+            self.put(at + 80 + 8 * k as u64, w);
+        }
+    }
+
+    /// What both kinds of context begin with.
+    fn head(&mut self, at: u64, frame: u64, state: &State<'_>) {
+        let words = [
+            frame,
             state.class as u64,
             state.sigmask,
             0,
-            r.fs_base,
-            r.gs_base,
-            frame.at.0 + SigFrame::RIP,
-            frame.at.0 + SigFrame::RAX,
-            self.address(tail),
-            r.eflags,
-            r.rax,
-            r.rbx,
-            r.rcx,
-            r.rdx,
-            r.rsi,
-            r.rdi,
-            r.rbp,
-            r.rsp,
-            r.r8,
-            r.r9,
-            r.r10,
-            r.r11,
-            r.r12,
-            r.r13,
-            r.r14,
-            r.r15,
-            r.rip,
+            state.regs.fs_base,
+            state.regs.gs_base,
+            frame + SigFrame::RIP,
+            frame + SigFrame::RAX,
         ];
         for (k, w) in words.into_iter().enumerate() {
             self.put(at + 8 * k as u64, w);
-        }
-        if which == OLD {
-            let code = stub::tail(self.address(tail), self.address(at + 200), self.address(at + 208));
-            self.bytes[tail as usize..tail as usize + 16].copy_from_slice(&code);
         }
     }
 }

@@ -27,6 +27,25 @@
 //! A failed call goes back the same way: 3 undone by the threads, 2 by the leader in reverse, ABORT, 1 undone by
 //! the threads, old contexts.
 //!
+//! # The way out
+//! Signals stay blocked from the stub's first instruction until a context is restored by rt_sigreturn(2), which
+//! does it all at once: registers, vector state, mask. A signal that came meanwhile and has a handler ends the
+//! context's interrupted call with EINTR as the kernel would have done (`rewind::Class`). One case is left by
+//! hand: an old context whose call goes on by restart_syscall(2), because rt_sigreturn cancels that.
+//! (Which thread takes a signal for the process is up to the kernel; others may see a spurious EINTR.)
+//!
+//! The stub uses no stack: a signal that arrives before the mask is set, after the engine died between two
+//! requests, finds the interrupted context's own stack. A new context's frame is put below the red zone of its own
+//! stack at the end, so that the last thread out unmaps all but the page it stands on. After an abort nothing
+//! is written anywhere; [`sweep`] unmaps what is left.
+//!
+//! # What a plan must see to
+//! - rseq(2): while a thread is registered, the kernel writes to its structure at any time. Where the old one is
+//!   overwritten, unregister in `before` and register the new one in `calls`; unmap old memory in `after`.
+//! - Calls must not block and must be reversible by their `undo`. munmap is not: it belongs into `after`.
+//! - Pages are made writable by the plan (mprotect in `calls`, with its undo).
+//! - MADV_POPULATE_WRITE is Linux 5.14.
+//!
 //! # Use
 //! ```text
 //! let staged = commit::stage(&mut frozen, &plan)?;  // may fail; drop = target as before

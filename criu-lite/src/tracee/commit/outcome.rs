@@ -62,7 +62,9 @@ pub struct Outcome {
     pub after: Vec<i64>,
     /// Tids of the new threads, in the plan's order.
     pub new_threads: Vec<Tid>,
-    /// What is left of the staging area in the process: address and length. [`sweep`](super::sweep) drops it.
+    /// What is left of the staging area in the process when all threads have left it: address and length. After
+    /// a commit that is the code (a page, two from about 160 threads on), after an abort all but the lists.
+    /// [`sweep`](super::sweep) drops it, now or at the next update.
     pub area: (Addr, u64),
     /// From the first detach to the verdict.
     pub took: Duration,

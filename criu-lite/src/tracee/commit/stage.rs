@@ -1,7 +1,7 @@
 //! Stage, arm, commit.
 
 use super::area::{Map, Mapped, map};
-use super::layout::{Builder, Layout, Lists, NEW, OLD, State, control, written_pages};
+use super::layout::{Builder, Layout, Lists, State, control, written_pages};
 use super::outcome::{CommitError, Outcome};
 use super::plan::{CommitPlan, Context};
 use super::{place, rewind, wait};
@@ -127,14 +127,14 @@ pub fn stage<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>
         let (regs, sigmask) = (tracee.regs().map_err(trace)?, tracee.sigmask().map_err(trace)?);
         let (old, class) = rewind::old(t.tid, &regs, tracee.memory());
         b.block(n, u32::from(n != 0), &lists.threads[n], 0);
-        b.context(n, OLD, &State { regs: old, class, xstate: Cow::Borrowed(xstate), sigmask });
-        b.context(n, NEW, &state(&t.becomes, t.sigmask));
+        b.old_context(n, &State { regs: old, class, xstate: Cow::Borrowed(xstate), sigmask });
+        b.new_context(n, &state(&t.becomes, t.sigmask));
         held.threads.push(Parked { tid: t.tid, regs, sigmask, block: area.at.0 + layout.block(n) });
     }
     for (i, t) in plan.new_threads.iter().enumerate() {
         let n = plan.threads.len() + i;
         b.block(n, 2, &lists.threads[n], t.tid_word.map_or(0, |a| a.0));
-        b.context(n, NEW, &state(&t.becomes, t.sigmask));
+        b.new_context(n, &state(&t.becomes, t.sigmask));
     }
     let tids = plan.threads.iter().map(|t| t.tid).collect();
     Ok(Staged { held, layout, lists, tids })
@@ -173,6 +173,9 @@ fn check_context(c: &Context, like: &Regs, xlen: usize) -> Result<(), String> {
         if v >= END || (v == 0 && what == "rip") {
             return Err(format!("a new context has {what} {v:#x}"));
         }
+    }
+    if !(0x10000..END).contains(&r.rsp) {
+        return Err(format!("a new context has rsp {:#x}", r.rsp));
     }
     // rt_sigreturn(2) ends the process with SIGSEGV over a size that is not this machine's.
     if !c.xstate.is_empty() && c.xstate.len() != xlen {

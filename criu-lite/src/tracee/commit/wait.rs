@@ -71,7 +71,7 @@ pub(super) fn read(
         calls: results(&lists.calls),
         after: results(&lists.after),
         new_threads: if committed { new.map(|n| Tid(tid_at(n))).collect() } else { Vec::new() },
-        area: (area.at, layout.lists),
+        area: (area.at, if committed { layout.control } else { layout.lists }),
         took,
     }
 }
