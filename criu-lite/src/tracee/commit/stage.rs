@@ -87,12 +87,12 @@ pub struct Armed<'f> {
 pub fn stage<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>, CommitError> {
     let pid = frozen.pid();
     let wrong = |why: String| CommitError::Plan { pid, why };
-    check(frozen, plan).map_err(wrong)?;
     let trace = |source| CommitError::Trace { pid, source };
     // No injection of the caller's is left open.
     for t in frozen.threads_mut() {
         t.put_back().map_err(trace)?;
     }
+    check(frozen, plan).map_err(wrong)?;
     let maps = frozen
         .memory()
         .maps()
