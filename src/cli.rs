@@ -134,6 +134,9 @@ pub struct UpdateArgs {
     /// Do all of it on a copy while the server runs on, and report
     #[arg(long)]
     pub dry_run: bool,
+    /// Give the new version a process of its own instead of changing this one in place
+    #[arg(long)]
+    pub new_pid: bool,
     /// Seconds for quiescence, and for the new version to start up
     #[arg(long, default_value_t = 10.0)]
     pub timeout: f64,

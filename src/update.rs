@@ -18,6 +18,7 @@ pub struct Body {
     old_pid: i32,
     dry_run: bool,
     frozen_us: u64,
+    rehearsal_us: u64,
     phases: Vec<Phase>,
     findings: Vec<Finding>,
     changes: Vec<TypeChange>,
@@ -33,6 +34,7 @@ impl Body {
             old_pid: u.old_pid.0,
             dry_run: u.dry_run,
             frozen_us: u.frozen_us,
+            rehearsal_us: u.rehearsal_us,
             phases: u.phases,
             findings: u.findings,
             changes: u.patch.changes,
@@ -83,6 +85,7 @@ pub fn run(a: &UpdateArgs) -> Outcome {
         quiesce_timeout: limit(a.timeout),
         boot_timeout: limit(a.timeout),
         dry_run: a.dry_run,
+        new_pid: a.new_pid,
         ..UpdateOptions::default()
     };
     let done = update(Pid(a.pid), &a.to, &options)

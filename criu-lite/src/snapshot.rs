@@ -4,8 +4,8 @@
 //! that a fork leaves out (MADV_DONTFORK) or wipes (MADV_WIPEONFORK) are not in it: those are read in the pause.
 
 use crate::{modules, sys};
-use mcr_image::Pid;
 use mcr_image::proto::{Vma, VmaKind};
+use mcr_image::{Addr, Pid};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
@@ -56,6 +56,15 @@ impl Plan {
         }
         Ok(plan)
     }
+}
+
+/// Pages of private memory in `start..end` that the process has written to, or that are not a file's.
+pub fn own_pages(pid: Pid, start: Addr, end: Addr) -> std::io::Result<Vec<(Addr, Addr)>> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let range = Vma { start: start.0, end: end.0, ..Vma::default() };
+    let mut out = Vec::new();
+    present(&pagemap, &range, PAGE_IS_FILE, &mut out)?;
+    Ok(out.into_iter().map(|(a, b)| (Addr(a), Addr(b))).collect())
 }
 
 fn push(out: &mut Vec<(u64, u64)>, start: u64, end: u64) {

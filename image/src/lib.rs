@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod addr;
+mod blocks;
 mod cache;
 mod core;
 pub mod elf;
@@ -30,6 +31,7 @@ mod writer;
 
 pub use self::core::{export_core, export_core_file};
 pub use addr::{Addr, Fd, LinkAddr, Pid, Tid};
+pub use blocks::Blocks;
 pub use elf::{DebugDirs, ElfError, ElfFile};
 pub use error::ImageError;
 pub use format::{PAGE, RecordKind};

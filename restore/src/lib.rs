@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod boot;
 pub mod fds;
+pub mod inplace;
 pub mod keeper;
 pub mod link;
 pub mod rebuild;

@@ -27,31 +27,44 @@ fn exe(pid: Pid) -> PathBuf {
     std::fs::read_link(format!("/proc/{pid}/exe")).unwrap()
 }
 
-#[test]
-fn a_server_is_replaced_under_its_connections() {
+fn there_and_back(new_pid: bool) {
     let server = Server::start(&plain(), &["PORT"]);
-    let old = server.pid();
     let mut a = server.connect();
     let mut b = server.connect();
     assert_eq!(a.ask("PING"), "PONG");
     assert_eq!(b.ask("PING"), "PONG");
     let new = build_source("boot_server.c", "again", &["-DAGAIN"]);
-    let mut last = old;
+    let mut last = server.pid();
     for round in 0..3 {
         let to = if round % 2 == 0 { &new } else { &plain() };
-        let r = update(last, to, &options()).unwrap_or_else(|e| panic!("round {round}: {e}"));
-        let _new = support::Reaper(r.pid);
+        let r = update(last, to, &UpdateOptions { new_pid, ..options() })
+            .unwrap_or_else(|e| panic!("round {round}: {e}"));
+        let reaper = new_pid.then(|| support::Reaper(r.pid));
         show(&r);
-        assert_ne!(r.pid, last);
+        assert_eq!(r.pid != last, new_pid);
         assert_eq!(&exe(r.pid), to);
-        assert!(support::gone(last), "the old one has ended");
+        assert!(!new_pid || support::gone(last), "the old one has ended");
         assert_eq!(a.ask("PING"), "PONG", "round {round}");
         assert_eq!(b.ask("PING"), "PONG", "round {round}");
         assert_eq!(server.connect().ask("PING"), "PONG", "round {round}");
+        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", r.pid)).unwrap();
+        assert_eq!(children, "", "no child is left");
         last = r.pid;
-        std::mem::forget(_new);
+        std::mem::forget(reaper);
     }
-    drop(support::Reaper(last));
+    if new_pid {
+        drop(support::Reaper(last));
+    }
+}
+
+#[test]
+fn a_server_changes_in_place_under_its_connections() {
+    there_and_back(false);
+}
+
+#[test]
+fn a_server_is_replaced_under_its_connections() {
+    there_and_back(true);
 }
 
 #[test]

@@ -32,6 +32,10 @@ pub(super) fn check(pid: Pid) -> Result<(), CollectError> {
         if state == 'Z' && exit_signal == 0 {
             continue;
         }
+        // Our own copy of the process, that an update was rehearsed on.
+        if exit_signal == 0 && is_ours(child) {
+            continue;
+        }
         let what = format!("its child process {child}");
         return if state == 'Z' {
             no(what, "it has ended and was not waited for", "try again when the server has collected it")
@@ -52,6 +56,13 @@ fn children(pid: Pid) -> Vec<Pid> {
         .filter_map(|t| std::fs::read_to_string(format!("/proc/{pid}/task/{t}/children")).ok())
         .flat_map(|s| s.split_whitespace().filter_map(|w| w.parse().ok().map(Pid)).collect::<Vec<_>>())
         .collect()
+}
+
+/// Whether a thread of this program traces it.
+fn is_ours(pid: Pid) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let tracer = status.lines().find_map(|l| l.strip_prefix("TracerPid:")).map_or("0", str::trim);
+    tracer != "0" && std::path::Path::new("/proc/self/task").join(tracer).exists()
 }
 
 /// State and exit signal (field 38) of /proc/PID/stat.

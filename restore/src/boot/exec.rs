@@ -2,16 +2,16 @@
 //! and the dynamic linker are mapped, and everything that execve resets is reset. The heap, other anonymous
 //! and shared memory and the old program's read-only data stay where they are.
 
+use super::BootSpec;
 use super::error::{BootError, Result};
 use super::host::{AGENT_LEN, Host, SCRATCH_LEN};
 use super::load::{self, LoadMap};
 use super::ptrace;
 use super::stack::{self, InitialStack, StackSpec};
-use super::{BootSpec, OldThread};
 use crate::link::Span;
 use mcr_criu_lite::procfs::maps::MapsLine;
 use mcr_image::elf::ElfFile;
-use mcr_image::{Addr, Memory, Regs, Tid, proto};
+use mcr_image::{Addr, Memory, ModuleMap, Regs, Tid, proto};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ const NO_FD: u64 = u64::MAX;
 
 /// What becomes of a mapping of the old process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
+pub enum Fate {
     /// Stays as it is.
     Keep,
     /// Read-only data of the old program: becomes anonymous memory with the same content.
@@ -39,29 +39,36 @@ pub(super) enum Fate {
     Kernel,
 }
 
-/// Decides for every mapping of the host.
-pub(super) fn fates(maps: &[MapsLine], spec: &BootSpec<'_>, stacks: &[Span]) -> Vec<Fate> {
-    let start_stack = spec.old.mm.as_ref().map_or(0, |m| m.start_stack);
-    maps.iter()
+/// Decides for every mapping of the old process.
+#[must_use]
+pub fn fates(
+    vmas: &[proto::Vma],
+    old: &proto::Process,
+    modules: &ModuleMap,
+    memory: &dyn Memory,
+) -> Vec<Fate> {
+    let stacks: Vec<Span> = super::old_threads(memory, old).into_iter().filter_map(|t| t.block).collect();
+    let start_stack = old.mm.as_ref().map_or(0, |m| m.start_stack);
+    vmas.iter()
         .map(|m| {
-            if matches!(m.name.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]") {
+            if matches!(m.name.as_str(), "[vdso]" | "[vvar]" | "[vvar_vclock]" | "[vsyscall]") {
                 return Fate::Kernel;
             }
-            if m.name == b"[stack]" || (m.start.0 <= start_stack && start_stack < m.end.0) {
+            if m.name == "[stack]" || (m.start <= start_stack && start_stack < m.end) {
                 return Fate::Stack;
             }
-            if let Some(module) = spec.old_modules.find(m.start) {
+            if let Some(module) = modules.find(Addr(m.start)) {
                 if module.is_exe() {
-                    let link = module.link(m.start);
+                    let link = module.link(Addr(m.start));
                     let data = module.elf.segments().iter().any(|s| {
-                        s.flags & 3 == 0 && link.0 < s.end().0 && link.0 + m.end.since(m.start) > s.vaddr.0
+                        s.flags & 3 == 0 && link.0 < s.end().0 && link.0 + (m.end - m.start) > s.vaddr.0
                     });
                     let plain = m.prot == libc::PROT_READ as u32 && m.ino != 0;
                     return if data && plain { Fate::CopyReadOnly } else { Fate::Unmap };
                 }
                 return Fate::Reserve;
             }
-            if stacks.iter().any(|s| s.start <= m.start && m.end <= s.end) {
+            if stacks.iter().any(|s| s.start.0 <= m.start && m.end <= s.end.0) {
                 return Fate::Unmap;
             }
             Fate::Keep
@@ -121,14 +128,10 @@ struct Exec<'a, 'b> {
 }
 
 /// Makes the host the new program, standing at the dynamic linker's first instruction.
-pub(super) fn userland_exec(
-    host: &mut Host,
-    spec: &BootSpec<'_>,
-    old_threads: &[OldThread],
-) -> Result<Loaded> {
+pub(super) fn userland_exec(host: &mut Host, spec: &BootSpec<'_>) -> Result<Loaded> {
     let tid = Tid(host.pid.0);
     let mut e = Exec { host, tid, spec, findings: Vec::new() };
-    e.run(old_threads)
+    e.run()
 }
 
 impl Exec<'_, '_> {
@@ -136,7 +139,7 @@ impl Exec<'_, '_> {
         self.host.call(self.tid, what, nr, args)
     }
 
-    fn run(&mut self, old_threads: &[OldThread]) -> Result<Loaded> {
+    fn run(&mut self) -> Result<Loaded> {
         let interp = self.check_files()?;
         let maps = self.host.maps()?;
         // Signals stay out until the new program runs.
@@ -154,8 +157,8 @@ impl Exec<'_, '_> {
         self.call("close_range", libc::SYS_close_range, &[3, u64::from(u32::MAX), 0])?;
         self.reset()?;
 
-        let stacks: Vec<Span> = old_threads.iter().filter_map(|t| t.block).collect();
-        let fates = fates(&maps, self.spec, &stacks);
+        let vmas: Vec<proto::Vma> = maps.iter().map(super::host::to_vma).collect();
+        let fates = fates(&vmas, self.spec.old, self.spec.old_modules, &self.host.mem);
         let (retained, reserved) = self.clear(&maps, &fates)?;
         for s in &self.spec.reserve {
             self.map("memory for moved objects", s.start, s.len(), RW, ANON | NOREPLACE, NO_FD, 0)?;

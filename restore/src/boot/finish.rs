@@ -71,6 +71,7 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         brk: Addr(spec.old.mm.as_ref().map_or(0, |m| m.brk)),
         stack: Some(run.loaded.stack),
         entry_stack: run.loaded.entry_stack,
+        in_place: false,
         findings: run.gate.findings,
     };
     let mm = run.loaded.mm;

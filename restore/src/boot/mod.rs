@@ -21,7 +21,7 @@ mod run;
 mod stack;
 
 pub use error::{BootError, Where};
-pub use exec::MmMap;
+pub use exec::{Fate, MmMap, fates};
 pub use host::Host;
 pub use ptrace::PtraceError;
 pub use release::HostCalls;
@@ -104,8 +104,8 @@ pub struct ThreadKernel {
 /// Boots the new version. On failure the host is left as it is, to be killed by the caller.
 pub fn boot(host: &mut Host, spec: &BootSpec<'_>) -> Result<BootOutcome, BootError> {
     let started = Instant::now();
-    let old_threads = old_threads(host, spec);
-    let loaded = exec::userland_exec(host, spec, &old_threads)?;
+    let old_threads = old_threads(host.memory(), spec.old);
+    let loaded = exec::userland_exec(host, spec)?;
     let exec_us = started.elapsed().as_micros() as u64;
     let run = run::Runner::new(host, spec, &old_threads, loaded).run()?;
     let run_us = started.elapsed().as_micros() as u64 - exec_us;
@@ -119,16 +119,13 @@ pub fn boot(host: &mut Host, spec: &BootSpec<'_>) -> Result<BootOutcome, BootErr
     Ok(outcome)
 }
 
-fn old_threads(host: &Host, spec: &BootSpec<'_>) -> Vec<OldThread> {
-    let memory: &dyn Memory = host.memory();
-    spec.old
-        .threads
+fn old_threads(memory: &dyn Memory, old: &proto::Process) -> Vec<OldThread> {
+    old.threads
         .iter()
         .map(|t| {
             let rsp = t.regs.get(19).copied().unwrap_or(0);
-            let block = (t.tid != spec.old.pid)
-                .then(|| exec::pthread_block(memory, Addr(t.fs_base), Addr(rsp)))
-                .flatten();
+            let block =
+                (t.tid != old.pid).then(|| exec::pthread_block(memory, Addr(t.fs_base), Addr(rsp))).flatten();
             let nr = t.syscall.as_ref().map_or(-1, |s| s.nr);
             OldThread {
                 tid: Tid(t.tid as i32),

@@ -74,6 +74,7 @@ impl Layout<'_> {
                     }
                 }
             }
+            Some(To::Pid(p)) if self.booted.in_place => (p.old_tid.into(), 4),
             Some(To::Pid(p)) if p.old_tid == self.old_pid => (self.booted.pid.0 as u64, 4),
             Some(To::Pid(p)) => (self.thread(p.old_tid, what)?.tid.0 as u64, 4),
             None => {

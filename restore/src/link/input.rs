@@ -174,6 +174,8 @@ pub struct Booted {
     pub stack: Option<Span>,
     /// Where argc lies on it; the argument, environment and auxiliary vectors and their strings are above.
     pub entry_stack: Addr,
+    /// It is to be laid into the old process itself: thread numbers and kernel objects are old's own.
+    pub in_place: bool,
     /// What the boot found worth telling.
     pub findings: Vec<proto::Finding>,
 }

@@ -37,10 +37,12 @@ pub fn epolls(
 ) -> Result<(), Refusal> {
     for e in &booted.epolls {
         let native: BTreeMap<u32, &proto::EpollWatch> = e.watches.iter().map(|w| (w.fd, w)).collect();
+        let from_old = e.old_fd.map_or(&[][..], |fd| old_watches(process, fd));
+        // In place the object is old's, and one that only new has is made anew.
+        let present: BTreeMap<u32, &proto::EpollWatch> =
+            if booted.in_place { from_old.iter().map(|w| (w.fd, w)).collect() } else { native.clone() };
         let mut wanted: BTreeMap<u32, (u32, u64)> = BTreeMap::new();
-        let mut from_old: &[proto::EpollWatch] = &[];
         if let Some(old_fd) = e.old_fd {
-            from_old = old_watches(process, old_fd);
             for w in from_old {
                 let change = patch
                     .epoll
@@ -63,13 +65,9 @@ pub fn epolls(
             let matched = booted.fds.iter().any(|m| m.new_fd.0 as u32 == *fd);
             if e.old_fd.is_some() && matched {
                 // Old has the object and does not watch it (any more).
-                calls.push(KernelCall::EpollCtl {
-                    epoll: e.fd,
-                    op: EPOLL_CTL_DEL,
-                    fd: Fd(*fd as i32),
-                    events: 0,
-                    data: 0,
-                });
+                if present.contains_key(fd) {
+                    calls.push(delete(e.fd, *fd));
+                }
                 findings.push(super::finding(
                     proto::Severity::Info,
                     "epoll-unwatched",
@@ -80,12 +78,15 @@ pub fn epolls(
                 wanted.insert(*fd, (w.events, redirect(w.data).unwrap_or(w.data)));
             }
         }
-        let _ = from_old;
+        if booted.in_place {
+            calls.extend(present.keys().filter(|fd| !wanted.contains_key(fd)).map(|fd| delete(e.fd, *fd)));
+        }
         for (fd, (events, data)) in wanted {
             // A watch belongs to the open file, not to the number: where old's object was put at the number, the
             // boot's watch went away with the boot's own file.
-            let replaced = booted.fds.iter().any(|m| m.new_fd.0 as u32 == fd && m.old_object);
-            let op = match native.get(&fd).filter(|_| !replaced) {
+            let replaced =
+                !booted.in_place && booted.fds.iter().any(|m| m.new_fd.0 as u32 == fd && m.old_object);
+            let op = match present.get(&fd).filter(|_| !replaced) {
                 Some(w) if w.events == events && w.data == data => continue,
                 Some(_) => EPOLL_CTL_MOD,
                 None => EPOLL_CTL_ADD,
@@ -94,6 +95,10 @@ pub fn epolls(
         }
     }
     Ok(())
+}
+
+fn delete(epoll: Fd, fd: u32) -> KernelCall {
+    KernelCall::EpollCtl { epoll, op: EPOLL_CTL_DEL, fd: Fd(fd as i32), events: 0, data: 0 }
 }
 
 /// Interval timers go on with what was left of them.

@@ -28,7 +28,7 @@ use mcr_image::unwind::{Frame, unwind};
 use mcr_image::{Addr, ElfFile, Memory, ModuleMap, Tid, proto};
 use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::TypeModel;
-use overlay::{Overlay, Pages};
+use overlay::Overlay;
 use pairs::{Evidence, Pairs, Side};
 use redirect::Redirect;
 use state::{State, Target};
@@ -62,12 +62,6 @@ pub struct LinkInput<'a> {
 
 /// The write list that makes the booted host old's successor, or why there is none.
 pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
-    // The host stands still: what was read once stays true.
-    let host = Pages::new(input.host);
-    link_pages(&LinkInput { host: &host, ..*input })
-}
-
-fn link_pages(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     let (patch, process, booted) = (input.patch, input.process, input.booted);
     let mut findings = Vec::new();
     invariants::patch_is_closed(patch)?;
@@ -506,7 +500,7 @@ fn written_ranges(
 }
 
 /// A finding of this step.
-fn finding(severity: proto::Severity, code: &str, message: String, path: &str) -> proto::Finding {
+pub(crate) fn finding(severity: proto::Severity, code: &str, message: String, path: &str) -> proto::Finding {
     proto::Finding {
         severity: severity as i32,
         code: code.to_owned(),

@@ -2,8 +2,7 @@
 
 use super::output::MemWrite;
 use mcr_image::{Addr, Memory, MemoryError, Region};
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::collections::BTreeMap;
 
 /// `base` with disjoint runs of bytes laid over it; later writes win.
 pub struct Overlay<'a> {
@@ -112,47 +111,6 @@ impl Memory for Overlay<'_> {
     }
 }
 
-const PAGE: usize = 4096;
-
-/// Pages of a memory that does not change, read once: a walk asks for many words, and each would be a call.
-pub struct Pages<'a> {
-    base: &'a dyn Memory,
-    pages: Mutex<HashMap<u64, Box<[u8]>>>,
-}
-
-impl<'a> Pages<'a> {
-    /// Nothing read yet.
-    #[must_use]
-    pub fn new(base: &'a dyn Memory) -> Self {
-        Self { base, pages: Mutex::default() }
-    }
-}
-
-impl Memory for Pages<'_> {
-    fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let (page, at) = (addr.0 & !(PAGE as u64 - 1), (addr.0 % PAGE as u64) as usize);
-        if at + buf.len() > PAGE {
-            return self.base.read(addr, buf);
-        }
-        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(p) = pages.get(&page) {
-            buf.copy_from_slice(&p[at..at + buf.len()]);
-            return Ok(());
-        }
-        let mut fresh = vec![0; PAGE].into_boxed_slice();
-        if self.base.read(Addr(page), &mut fresh).is_err() {
-            return self.base.read(addr, buf);
-        }
-        buf.copy_from_slice(&fresh[at..at + buf.len()]);
-        pages.insert(page, fresh);
-        Ok(())
-    }
-
-    fn regions(&self) -> Vec<Region> {
-        self.base.regions()
-    }
-}
-
 /// Memory made of byte runs, for tests.
 #[cfg(test)]
 pub(crate) mod test {
@@ -219,17 +177,6 @@ pub(crate) mod test {
         let w = o.into_writes();
         assert_eq!(w.len(), 1, "a write that changes nothing is left out: {w:?}");
         assert_eq!((w[0].addr, w[0].bytes.len()), (Addr(0x1000), 24));
-    }
-
-    #[test]
-    fn pages_read_like_the_memory_behind_them() {
-        let base = Runs::default().with(0x1000, (0..=255).cycle().take(0x1800).collect());
-        let pages = Pages::new(&base);
-        for at in [0x1000u64, 0x1008, 0x1ffc, 0x2000, 0x27f8] {
-            assert_eq!(pages.u64(Addr(at)).unwrap(), base.u64(Addr(at)).unwrap(), "{at:#x}");
-        }
-        // The last page is not whole: still read, and its end is still an end.
-        assert!(pages.u64(Addr(0x27fc)).is_err() && pages.u64(Addr(0xfff)).is_err());
     }
 
     #[test]

@@ -229,7 +229,7 @@ impl<'a> Redirect<'a> {
             let Ok(bytes) = self.host.bytes(at, len as usize) else {
                 // A hole: page by page.
                 let next = Addr(((at.0 >> 12) + 1) << 12).min(end);
-                if len > 4096
+                if next < at.add(len)
                     && let Ok(b) = self.host.bytes(at, next.since(at) as usize)
                 {
                     self.bytes(at, &b, holder, &path, state)?;

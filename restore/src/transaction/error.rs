@@ -3,10 +3,12 @@
 use crate::apply::ApplyError;
 use crate::boot::BootError;
 use crate::fds::InstallError;
+use crate::inplace::{PlanError, Stale};
 use crate::link::Refusal;
 use crate::rebuild::RebuildError;
+use mcr_criu_lite::tracee::commit::CommitError;
 use mcr_criu_lite::{CollectError, FreezeError, QuiesceError, TraceError};
-use mcr_image::{Addr, ElfError, Fd, ImageError, Pid};
+use mcr_image::{Addr, ElfError, Fd, ImageError, MemoryError, Pid};
 use mcr_transform::TransformError;
 use mcr_transform::types::TypesError;
 use std::path::PathBuf;
@@ -106,6 +108,31 @@ pub enum UpdateError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The copy of the rehearsal.
+    #[error("reading the copy {pid}: {source}; the old version goes on, try again")]
+    Copy {
+        /// The copy.
+        pid: Pid,
+        /// Why.
+        source: MemoryError,
+    },
+    /// The old process has changed since the rehearsal, several times over.
+    #[error("{0}; the old version goes on, try again at a calmer moment or use --new-pid")]
+    Stale(#[from] Stale),
+    /// The new version cannot be laid into the old process.
+    #[error("{0}; the old version goes on")]
+    InPlace(PlanError),
+    /// The commit could not be prepared.
+    #[error("{0}; the old version goes on")]
+    Commit(#[from] CommitError),
+    /// The commit took itself back.
+    #[error("process {pid}: {why}; everything was taken back, the old version goes on")]
+    TakenBack {
+        /// The process.
+        pid: Pid,
+        /// The call that failed.
+        why: String,
+    },
     /// The image is a plain dump.
     #[error("this image is a plain dump: make an update image of it with `mcr transform`")]
     NoPatch,
@@ -151,6 +178,9 @@ impl UpdateError {
             )
             | Self::Apply(_)
             | Self::Fds(_)
+            | Self::Copy { .. }
+            | Self::Commit(_)
+            | Self::TakenBack { .. }
             | Self::Inside { .. }
             | Self::Trace(_)
             | Self::Interrupted

@@ -2,7 +2,8 @@
 //! signal handlers. Nothing of the old process is touched: the host shares open files with it, but neither
 //! the descriptor table nor its epoll objects.
 
-use super::{Files, UpdateError};
+use super::UpdateError;
+use super::make::Files;
 use crate::boot::Host;
 use crate::fds::{Install, install_fds, move_fds};
 use crate::link::{BootEpoll, Booted};
@@ -129,20 +130,21 @@ pub(super) fn standard_streams(
     Ok(install_fds(leader, pid, &installs)?)
 }
 
-/// Installs the old version's signal handlers that the new one's start-up did not set itself, at the
-/// functions of the same name. Returns what could not be carried over.
-pub(super) fn carry_handlers(
-    host: &mut Host,
+/// The signal actions of the new version: its own, and old's handlers that its start-up did not set itself, as
+/// the functions of the same name. Also what could not be carried over.
+pub(super) fn handlers(
     old: &proto::Process,
     old_modules: &ModuleMap,
     new_modules: &ModuleMap,
     booted: &Booted,
-) -> Result<Vec<proto::Finding>, UpdateError> {
+) -> (Vec<proto::SigAction>, Vec<proto::Finding>) {
+    let mut actions = booted.sigactions.clone();
     let mut findings = Vec::new();
     let set: BTreeSet<u32> = booted.sigactions.iter().map(|a| a.signo).collect();
     for a in old.sigactions.iter().filter(|a| a.handler > 1 && !set.contains(&a.signo)) {
-        let Some(handler) = same_function(old_modules, new_modules, Addr(a.handler)) else {
-            findings.push(proto::Finding {
+        match same_function(old_modules, new_modules, Addr(a.handler)) {
+            Some(handler) => actions.push(proto::SigAction { handler: handler.0, ..*a }),
+            None => findings.push(proto::Finding {
                 severity: proto::Severity::Warning.into(),
                 code: "signal-handler-dropped".into(),
                 message: format!(
@@ -152,11 +154,24 @@ pub(super) fn carry_handlers(
                 ),
                 next_step: "let the new version install a handler at its start-up".into(),
                 ..Default::default()
-            });
-            continue;
-        };
+            }),
+        }
+    }
+    (actions, findings)
+}
+
+/// Installs those of [`handlers`] that the start-up did not. Returns what could not be carried over.
+pub(super) fn carry_handlers(
+    host: &mut Host,
+    old: &proto::Process,
+    old_modules: &ModuleMap,
+    new_modules: &ModuleMap,
+    booted: &Booted,
+) -> Result<Vec<proto::Finding>, UpdateError> {
+    let (actions, findings) = handlers(old, old_modules, new_modules, booted);
+    for a in &actions[booted.sigactions.len()..] {
         let bytes: Vec<u8> =
-            [handler.0, a.flags, a.restorer, a.mask].iter().flat_map(|w| w.to_le_bytes()).collect();
+            [a.handler, a.flags, a.restorer, a.mask].iter().flat_map(|w| w.to_le_bytes()).collect();
         host.leader_calls()
             .call_with(libc::SYS_rt_sigaction, &[Some(a.signo.into()), None, Some(0), Some(8)], &bytes)
             .map_err(failed(format!("rt_sigaction of {}", signal(a.signo))))?;

@@ -1,0 +1,51 @@
+//! Phases of a transaction with one origin.
+
+use mcr_image::proto;
+use std::time::Instant;
+
+/// Phases with one origin.
+pub(super) struct Clock {
+    origin: Instant,
+    last: Instant,
+    pub(super) phases: Vec<proto::Phase>,
+    /// Before this one: the rehearsal.
+    first: usize,
+}
+
+impl Clock {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self { origin: now, last: now, phases: Vec::new(), first: 0 }
+    }
+    pub(super) fn lap(&mut self, name: &str, frozen: bool) {
+        let now = Instant::now();
+        self.phases.push(proto::Phase {
+            name: name.to_owned(),
+            start_us: (self.last - self.origin).as_micros() as u64,
+            duration_us: (now - self.last).as_micros() as u64,
+            frozen,
+        });
+        self.last = now;
+    }
+    /// The parts of a phase that has just been measured by its own clock.
+    pub(super) fn parts(&mut self, parts: &[(String, u64)], frozen: bool) {
+        let mut at = (self.last - self.origin).as_micros() as u64;
+        for (name, us) in parts {
+            self.phases.push(proto::Phase { name: name.clone(), start_us: at, duration_us: *us, frozen });
+            at += us;
+        }
+        self.last = Instant::now();
+    }
+    /// What counts as the pause begins here.
+    pub(super) fn pause_begins(&mut self) {
+        self.first = self.phases.len();
+    }
+    /// For how long nobody served, before the pause.
+    pub(super) fn rehearsal_us(&self) -> u64 {
+        self.phases[..self.first].iter().filter(|p| p.frozen).map(|p| p.duration_us).sum()
+    }
+    /// For how long nobody served.
+    pub(super) fn frozen_us(&self) -> u64 {
+        self.phases[self.first..].iter().filter(|p| p.frozen).map(|p| p.duration_us).sum()
+    }
+}

@@ -1,0 +1,134 @@
+//! The rehearsal: everything that can go wrong goes wrong on a copy, while the old version serves.
+
+use super::clock::Clock;
+use super::make::{Files, Guard, Old, join, start};
+use super::programs::Programs;
+use super::{UpdateError, UpdateOptions};
+use crate::boot::{BootOutcome, Fate, Host, fates};
+use crate::inplace::refreshed;
+use crate::link::WriteList;
+use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory};
+use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A booted copy of the old process, and what was found with it.
+pub(super) struct Rehearsal {
+    /// Kills the copy when it is dropped.
+    pub(super) guard: Guard,
+    /// The boot.
+    pub(super) outcome: BootOutcome,
+    /// The plan on the copy.
+    pub(super) patch: proto::Patch,
+    /// What link wanted on the copy.
+    pub(super) list: WriteList,
+    /// The old process at that time.
+    pub(super) process: proto::Process,
+}
+
+/// The old process's memory as it was when the copy was made: the boot takes some of it out of the copy, so
+/// that is kept here.
+struct AsCopied {
+    taken_out: BTreeMap<u64, Vec<u8>>,
+    copy: ProcessMemory,
+}
+
+impl AsCopied {
+    /// Reads what the boot will take out.
+    fn new(process: &proto::Process, fates: &[Fate], copy: Pid) -> Result<Self, UpdateError> {
+        let open = || ProcessMemory::open(copy).map_err(|source| UpdateError::Memory { pid: copy, source });
+        let memory = open()?;
+        let mut taken_out = BTreeMap::new();
+        for (v, fate) in process.vmas.iter().zip(fates) {
+            if matches!(fate, Fate::Keep | Fate::CopyReadOnly | Fate::Kernel) || v.prot & 1 == 0 {
+                continue;
+            }
+            // Of a stack what is in use.
+            let sp = process
+                .threads
+                .iter()
+                .filter_map(|t| t.regs.get(19))
+                .find(|sp| v.start <= **sp && **sp < v.end)
+                .map_or(v.start, |sp| sp.saturating_sub(4096).max(v.start));
+            let bytes = memory.bytes(Addr(sp), (v.end - sp) as usize);
+            taken_out.insert(sp, bytes.map_err(|e| UpdateError::Copy { pid: copy, source: e })?);
+        }
+        Ok(Self { taken_out, copy: open()? })
+    }
+}
+
+impl Memory for AsCopied {
+    fn read(&self, addr: Addr, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let end = addr.0.saturating_add(buf.len() as u64);
+        let mut at = addr.0;
+        while at < end {
+            let piece = |to: u64| (at - addr.0) as usize..(to.min(end) - addr.0) as usize;
+            let inside = self.taken_out.range(..=at).next_back().filter(|(s, b)| at < *s + b.len() as u64);
+            if let Some((start, bytes)) = inside {
+                let range = piece(start + bytes.len() as u64);
+                let from = (at - start) as usize;
+                buf[range.clone()].copy_from_slice(&bytes[from..from + range.len()]);
+                at += range.len() as u64;
+            } else {
+                let next = self.taken_out.range(at..).next().map_or(u64::MAX, |(s, _)| *s);
+                let range = piece(next);
+                self.copy.read(Addr(at), &mut buf[range.clone()])?;
+                at += range.len() as u64;
+            }
+        }
+        Ok(())
+    }
+    fn regions(&self) -> Vec<Region> {
+        self.copy.regions()
+    }
+}
+
+/// Copies the old process, lets it serve on, and makes the new version of the copy.
+pub(super) fn rehearse(
+    pid: Pid,
+    program: &ElfFile,
+    programs: &Programs,
+    options: &UpdateOptions,
+    clock: &mut Clock,
+) -> Result<Rehearsal, UpdateError> {
+    let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
+    mcr_criu_lite::tracee::commit::sweep(&mut frozen)?;
+    let states = frozen.quiesce(&options.quiesce())?;
+    clock.lap("freeze", true);
+    let mut collected = frozen.collect(&states)?;
+    if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
+        return Err(UpdateError::Internal("the process executed another program while it was looked at"));
+    }
+    super::hand::refuse_unforkable(&collected.process)?;
+    clock.lap("collect", true);
+    // Whoever holds on to an open file of a running server keeps its epoll registration alive beyond the
+    // server's close: neither the copy nor we may.
+    collected.fds.clear();
+    let mut tracee = frozen.fork_hidden()?;
+    tracee.syscall(libc::SYS_close_range, &[3, u64::from(u32::MAX), 0])?;
+    let child = tracee.pid();
+    tracee.leak();
+    let mut guard = Guard { host: None, hidden: Some((pid, child)) };
+    guard.host = Some(Host::attach(child)?);
+    let modules: Arc<ModuleMap> = Arc::clone(&collected.modules);
+    let process = collected.process;
+    frozen.thaw()?;
+    clock.lap("fork", true);
+
+    let host = guard.host()?;
+    let fates = fates(&process.vmas, &process, &modules, host.memory());
+    let memory = AsCopied::new(&process, &fates, child)?;
+    let memory = Blocks::new(&memory);
+    let patch = programs.plan(&process, &memory, &modules, options)?;
+    clock.lap("plan", false);
+    let none = Files::new();
+    let old = Old { process: &process, modules: &modules, memory: &memory, patch: &patch, files: &none };
+    let (outcome, heap) = start(host, &old, programs, options, Some(pid))?;
+    clock.parts(&outcome.phases, false);
+    let booted = refreshed(&outcome, &process, &fates);
+    host.memory().refresh();
+    let view = Blocks::new(host.memory());
+    let list = join(&view, &booted, &outcome.modules, &old, heap.as_ref(), programs)?;
+    clock.lap("link", false);
+    Ok(Rehearsal { guard, outcome, patch, list, process })
+}
