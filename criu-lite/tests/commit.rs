@@ -408,8 +408,11 @@ fn a_failed_call_leaves_the_process_byte_for_byte() {
 fn a_thread_that_cannot_be_made_leaves_the_process_as_it_was() {
     let mut t = Target::start_args(8, &["8", "1000", "3000", "no-clone"], FEW);
     let mut f = t.freeze();
-    let plan = t.plan(&mut f, 2);
+    let mut plan = t.plan(&mut f, 2);
     let before = picture(&f);
+    let e = commit::stage(&mut f, &plan).err().unwrap().to_string();
+    assert!(e.contains("has a seccomp filter"), "{e}");
+    plan.filters_allow = true;
     let out = commit::stage(&mut f, &plan).unwrap().arm().unwrap().commit().unwrap();
     drop(f);
     assert!(!out.committed);

@@ -111,6 +111,20 @@ pub(super) fn get_rseq(tid: Tid) -> Result<(u64, u32, u32, u32), TraceError> {
     Ok((u64::from(w(0)) | u64::from(w(4)) << 32, w(8), w(12), w(16)))
 }
 
+/// PTRACE_SECCOMP_GET_METADATA (include/uapi/linux/ptrace.h; Linux 4.16).
+const SECCOMP_GET_METADATA: u32 = 0x420d;
+
+/// Does the thread have a seccomp filter? `None`: this program may not ask (CAP_SYS_ADMIN).
+pub(super) fn has_seccomp_filter(tid: Tid) -> Option<bool> {
+    let mut b = [0u64; 2];
+    match request(tid, "PTRACE_SECCOMP_GET_METADATA", SECCOMP_GET_METADATA, 16, b.as_mut_ptr() as usize) {
+        Ok(_) => Some(true),
+        // EINVAL: another mode than filters. ENOENT: no first filter.
+        Err(e) if matches!(e.errno(), Some(Errno::EINVAL | Errno::ENOENT)) => Some(false),
+        Err(_) => None,
+    }
+}
+
 /// What the tracee sits in: 0 none, 1 entry, 2 exit, 3 seccomp (PTRACE_GET_SYSCALL_INFO, Linux 5.3).
 pub(super) fn syscall_op(tid: Tid) -> Result<u8, TraceError> {
     let mut b = [0u8; 88];

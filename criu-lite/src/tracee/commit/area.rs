@@ -76,7 +76,9 @@ pub(super) struct Mapped {
 impl Mapped {
     /// Takes it out again.
     pub(super) fn unmap(self, t: &mut Tracee) -> Result<(), TraceError> {
-        t.syscall(libc::SYS_munmap, &[self.at.0, self.len])?;
+        if self.len > 0 {
+            t.syscall(libc::SYS_munmap, &[self.at.0, self.len])?;
+        }
         t.put_back()
     }
 }
@@ -128,22 +130,26 @@ fn memfd(t: &mut Tracee) -> Result<u64, TraceError> {
     fd
 }
 
+/// Code and data are two mappings: nothing is ever writable and executable, nor becomes so (PR_SET_MDWE).
 fn map_in(t: &mut Tracee, fd: u64, at: Addr, len: u64, code: u64) -> Result<Mapped, TraceError> {
-    let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let (r, w, x) = (libc::PROT_READ as u64, libc::PROT_WRITE as u64, libc::PROT_EXEC as u64);
     let flags = (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE) as u64;
-    let got = t.syscall(libc::SYS_mmap, &[at.0, len, rw, flags, fd, 0])?;
-    let mapped = Mapped { at: Addr(got), len };
-    if got == at.0 {
-        let rx = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-        match t.syscall(libc::SYS_mprotect, &[got, code, rx]) {
-            Ok(_) => return Ok(mapped),
+    let mut done = Mapped { at, len: 0 };
+    for (from, to, prot) in [(0, code, r | x), (code, len, r | w)] {
+        let want = at.0 + from;
+        match t.syscall(libc::SYS_mmap, &[want, to - from, prot, flags, fd, from]) {
+            Ok(got) if got == want => done.len = to,
+            // A kernel before 4.17 takes the address as a hint.
+            Ok(got) => {
+                drop(Mapped { at: Addr(got), len: to - from }.unmap(t));
+                drop(done.unmap(t));
+                return Err(TraceError::Syscall { tid: t.tid(), nr: libc::SYS_mmap, errno: Errno::EEXIST });
+            }
             Err(e) => {
-                drop(mapped.unmap(t));
+                drop(done.unmap(t));
                 return Err(e);
             }
         }
     }
-    // A kernel before 4.17 takes the address as a hint.
-    mapped.unmap(t)?;
-    Err(TraceError::Syscall { tid: t.tid(), nr: libc::SYS_mmap, errno: Errno::EEXIST })
+    Ok(done)
 }

@@ -150,6 +150,9 @@ pub struct CommitPlan {
     /// Ranges where the staging area must not lie, beside the mappings, the writes and the fixed addresses of
     /// mmap and mremap calls.
     pub keep_clear: Vec<(Addr, Addr)>,
+    /// The caller knows that the target's seccomp filters allow every call of the plan and of the stub (futex,
+    /// madvise, munmap, clone, arch_prctl, rt_sig…). Otherwise a thread with a filter is a refusal.
+    pub filters_allow: bool,
 }
 
 impl CommitPlan {

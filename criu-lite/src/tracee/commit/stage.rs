@@ -5,7 +5,7 @@ use super::layout::{Builder, Layout, Lists, State, control, written_pages};
 use super::outcome::{CommitError, Outcome};
 use super::plan::{CommitPlan, Context};
 use super::{place, rewind, wait};
-use crate::tracee::{Stop, fault};
+use crate::tracee::{Stop, fault, ptrace};
 use crate::{Frozen, TraceError};
 use mcr_image::{Addr, Regs, Tid};
 use std::borrow::Cow;
@@ -158,8 +158,23 @@ fn check(frozen: &Frozen, plan: &CommitPlan) -> Result<(), String> {
         if t.state() != Some(Stop::Event) {
             return Err(format!("thread {} is not in an event stop ({:?})", t.tid(), t.state()));
         }
+        if !plan.filters_allow && filtered(t.tid()) {
+            return Err(format!(
+                "thread {} has a seccomp filter, which may kill it for the calls of the change; update into a new \
+                 pid instead",
+                t.tid()
+            ));
+        }
     }
     Ok(())
+}
+
+/// Is the thread under seccomp(2)?
+fn filtered(tid: Tid) -> bool {
+    ptrace::has_seccomp_filter(tid).unwrap_or_else(|| {
+        let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+        status.lines().find_map(|l| l.strip_prefix("Seccomp:")).is_some_and(|v| v.trim() != "0")
+    })
 }
 
 /// Would the kernel take this context? After the point of no return nothing can be refused any more.
