@@ -18,7 +18,7 @@ mod threads;
 #[allow(unsafe_code)]
 pub mod tracee;
 
-pub use collect::{CollectError, Collected};
+pub use collect::{CollectError, CollectOptions, Collected};
 pub use freeze::{FreezeError, FreezeOptions, Frozen, reap_hidden, tids};
 pub use memory::ProcessMemory;
 pub use quiesce::{QuiesceError, QuiesceOptions, ThreadState};

@@ -49,5 +49,6 @@ pub fn load(pid: Pid, vmas: &[Vma], memory: &dyn Memory) -> std::io::Result<Modu
 pub fn preload(pid: Pid) {
     if let (Ok(vmas), Ok(mem)) = (crate::collect::vmas(pid), crate::ProcessMemory::open(pid)) {
         drop(load(pid, &vmas, &mem));
+        drop(crate::tracee::Site::find(&mem, true));
     }
 }

@@ -108,7 +108,7 @@ fn kcmp() -> Probe {
     let tried = sys::kcmp_file(me, 0, me, 0).map_err(|e| e.to_string());
     Probe {
         name: "kcmp",
-        ok: tried == Ok(true),
+        ok: tried == Ok(std::cmp::Ordering::Equal),
         detail: match tried {
             Ok(_) => "works".into(),
             Err(e) => e,

@@ -40,11 +40,15 @@ pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// kcmp(2) KCMP_FILE: do the two descriptors share an open file description?
-pub(crate) fn kcmp_file(pid1: i32, fd1: i32, pid2: i32, fd2: i32) -> Result<bool, Errno> {
+/// kcmp(2) KCMP_FILE: how the open file descriptions of two descriptors compare, in an order that holds until the
+/// next boot. Equal: they share one.
+pub(crate) fn kcmp_file(pid1: i32, fd1: i32, pid2: i32, fd2: i32) -> Result<std::cmp::Ordering, Errno> {
     // SAFETY: plain numbers go in. 0 = KCMP_FILE.
-    let r = check(unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, 0, fd1, fd2) })?;
-    Ok(r == 0)
+    match check(unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, 0, fd1, fd2) })? {
+        0 => Ok(std::cmp::Ordering::Equal),
+        1 => Ok(std::cmp::Ordering::Less),
+        _ => Ok(std::cmp::Ordering::Greater),
+    }
 }
 
 /// A per-thread timer whose signal makes blocking calls of this thread return EINTR.

@@ -1,29 +1,26 @@
 //! What the kernel keeps for each thread.
 
+use crate::collect::Inside;
 use crate::quiesce::ThreadState;
-use crate::{Frozen, TraceError, sys};
-use mcr_image::{Addr, Memory, Tid, proto};
+use crate::{TraceError, sys};
+use mcr_image::{Memory, Tid, proto};
+use nix::errno::Errno;
 
 /// prctl(2): where set_tid_address(2) points.
 const PR_GET_TID_ADDRESS: u64 = 40;
 
-/// Everything of all threads. `page` is a writable page of ours in the target; `states` come from the
-/// quiescence check.
+/// Everything of all threads. `states` come from the quiescence check.
 pub(crate) fn collect(
-    frozen: &mut Frozen,
+    inside: &mut Inside<'_>,
     states: &[ThreadState],
-    page: Addr,
 ) -> Result<Vec<proto::Thread>, TraceError> {
-    let tids: Vec<Tid> = frozen.threads().iter().map(|t| t.tid()).collect();
-    tids.into_iter().map(|tid| one(frozen, tid, states.iter().find(|s| s.tid == tid), page)).collect()
+    let tids: Vec<Tid> = inside.frozen().threads().iter().map(|t| t.tid()).collect();
+    tids.into_iter().map(|tid| one(inside, tid, states.iter().find(|s| s.tid == tid))).collect()
 }
 
-fn one(
-    f: &mut Frozen,
-    tid: Tid,
-    state: Option<&ThreadState>,
-    page: Addr,
-) -> Result<proto::Thread, TraceError> {
+fn one(inside: &mut Inside<'_>, tid: Tid, state: Option<&ThreadState>) -> Result<proto::Thread, TraceError> {
+    let page = inside.page();
+    let f = inside.frozen();
     let mem = f.memory().clone();
     let t = f.thread(tid).ok_or(TraceError::Gone { tid })?;
     let regs = t.regs()?;
@@ -37,9 +34,20 @@ fn one(
     let info = |v: Vec<[u8; 128]>| v.into_iter().map(|b| proto::SigInfo { siginfo: b.to_vec() }).collect();
     let pending = info(t.pending(false)?);
     let rseq = t.rseq().ok().filter(|r| r.0.0 != 0);
-    t.syscall(libc::SYS_sigaltstack, &[0, page.0])?;
-    t.syscall(libc::SYS_prctl, &[PR_GET_TID_ADDRESS, page.0 + 64])?;
-    t.put_back()?;
+    let calls = [
+        (libc::SYS_sigaltstack, [0, page.0, 0, 0, 0, 0]),
+        (libc::SYS_prctl, [PR_GET_TID_ADDRESS, page.0 + 64, 0, 0, 0, 0]),
+    ];
+    for ((nr, _), r) in calls.iter().zip(inside.calls(tid, &calls)?) {
+        if r < 0 {
+            return Err(TraceError::Syscall { tid, nr: *nr, errno: Errno::from_raw(-r as i32) });
+        }
+    }
+    let f = inside.frozen();
+    // The main thread runs further calls.
+    if tid.0 != f.pid().0 {
+        f.thread(tid).ok_or(TraceError::Gone { tid })?.put_back()?;
+    }
     let word = |n: u64| mem.u64(page.add(n)).map_err(|source| TraceError::Memory { tid, source });
     let (sp, flags, size, clear) = (word(0)?, word(8)?, word(16)?, word(64)?);
     let (robust_list, robust_list_len) = sys::get_robust_list(tid.0).unwrap_or((0, 0));

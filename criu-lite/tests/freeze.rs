@@ -3,7 +3,8 @@
 mod common;
 
 use common::Program;
-use mcr_criu_lite::{FreezeError, FreezeOptions, Frozen, QuiesceError, QuiesceOptions};
+
+use mcr_criu_lite::{Call, FreezeError, FreezeOptions, Frozen, QuiesceError, QuiesceOptions};
 use mcr_image::Pid;
 use std::time::{Duration, Instant};
 
@@ -99,24 +100,48 @@ fn threads_that_come_and_go_are_all_stopped() {
     p.finish_ok();
 }
 
+/// Injects single calls into one thread after the other, for ever.
+fn inject_for_ever(mut f: Frozen) {
+    loop {
+        for i in 0..f.threads().len() {
+            let tid = f.threads()[i].tid();
+            drop(f.syscall(tid, libc::SYS_getpid, &[]));
+            drop(f.threads_mut()[i].put_back());
+        }
+    }
+}
+
+/// Runs batches of calls in one thread after the other, for ever.
+fn batches_for_ever(mut f: Frozen) {
+    let area = f.leader().map_agent(64, 0).unwrap();
+    let mut calls = vec![Call::new(libc::SYS_getpid, &[]); 200];
+    loop {
+        for t in f.threads_mut() {
+            drop(t.run_agent(&area, &mut calls));
+            drop(t.put_back());
+        }
+    }
+}
+
 #[test]
 fn a_killed_engine_leaves_the_server_running() {
+    kill_engines(inject_for_ever);
+}
+
+#[test]
+fn an_engine_killed_in_a_batch_leaves_the_server_running() {
+    kill_engines(batches_for_ever);
+}
+
+fn kill_engines(work: fn(Frozen)) {
     let p = Program::start(MANY);
     for round in 0..60u32 {
         // SAFETY: the child calls nothing but our own code and is killed; this test's process has other threads,
         // whose locks the child does not take (allocation is safe after fork in glibc).
         let engine = unsafe { libc::fork() };
         if engine == 0 {
-            // Injects for ever.
-            if let Ok(mut f) = seize(p.pid()) {
-                loop {
-                    let n = f.threads().len();
-                    for i in 0..n {
-                        let tid = f.threads()[i].tid();
-                        drop(f.syscall(tid, libc::SYS_getpid, &[]));
-                        drop(f.threads_mut()[i].put_back());
-                    }
-                }
+            if let Ok(f) = seize(p.pid()) {
+                work(f);
             }
             // SAFETY: ends the child.
             unsafe { libc::_exit(1) };

@@ -16,6 +16,7 @@ mod vma;
 
 use crate::procfs::fdinfo::FdInfo;
 use crate::quiesce::ThreadState;
+use crate::tracee::{Area, Call};
 use crate::{Frozen, TraceError, sys};
 use mcr_image::proto::{self, fd::Object};
 use mcr_image::{Addr, Memory, ModuleMap, Pid, Tid};
@@ -67,21 +68,54 @@ pub enum CollectError {
     },
 }
 
+/// How much to look at.
+#[derive(Clone, Copy, Debug)]
+pub struct CollectOptions {
+    /// Every option of every socket. Not needed where the open sockets themselves are handed over.
+    pub socket_options: bool,
+}
+
+impl Default for CollectOptions {
+    fn default() -> Self {
+        Self { socket_options: true }
+    }
+}
+
+impl CollectOptions {
+    /// For an update of a living process: its open files are handed over as they are.
+    #[must_use]
+    pub fn live() -> Self {
+        Self { socket_options: false }
+    }
+}
+
 /// Where the collector gets what only the process itself can say.
 pub(crate) struct Inside<'a> {
     frozen: &'a mut Frozen,
-    page: Addr,
+    area: Area,
 }
+
+/// Calls that are executed in one go.
+const BATCH: usize = 256;
 
 impl Inside<'_> {
     /// Executes system calls in a thread of the target: (number, arguments) → raw result.
-    fn calls(&mut self, tid: Tid, calls: &[(i64, [u64; 6])]) -> Result<Vec<i64>, TraceError> {
+    pub(crate) fn calls(&mut self, tid: Tid, calls: &[(i64, [u64; 6])]) -> Result<Vec<i64>, TraceError> {
+        if calls.is_empty() {
+            return Ok(Vec::new());
+        }
         let t = self.frozen.thread(tid).ok_or(TraceError::Gone { tid })?;
-        calls.iter().map(|(nr, args)| t.syscall_raw(*nr, args)).collect()
+        let mut batch: Vec<Call> = calls.iter().map(|(nr, args)| Call::new(*nr, args)).collect();
+        t.run_agent(&self.area, &mut batch)?;
+        Ok(batch.iter().map(|c| c.result).collect())
     }
     /// A writable page in the target that the calls may use.
-    fn page(&self) -> Addr {
-        self.page
+    pub(crate) fn page(&self) -> Addr {
+        self.area.data()
+    }
+    /// The process.
+    pub(crate) fn frozen(&mut self) -> &mut Frozen {
+        self.frozen
     }
 }
 
@@ -100,11 +134,13 @@ impl Collected {
     /// epoll registration lives as long as the open file, so while somebody else holds a duplicate, a server
     /// that closes a connection would go on being told of it, with a pointer to what it has freed.
     pub fn let_go(&mut self) {
-        let process = &self.process;
-        self.fds.retain(|n, _| {
-            let object = process.fds.iter().find(|f| f.number == *n).and_then(|f| f.object.as_ref());
-            matches!(object, Some(proto::fd::Object::File(f)) if f.mode & libc::S_IFMT == libc::S_IFREG)
-        });
+        for f in &self.process.fds {
+            let regular =
+                matches!(&f.object, Some(Object::File(f)) if f.mode & libc::S_IFMT == libc::S_IFREG);
+            if !regular {
+                self.fds.remove(&f.number);
+            }
+        }
     }
 }
 
@@ -113,6 +149,15 @@ impl Frozen {
     /// [`Frozen::quiesce`] returned (they give the threads' frames). A resource that images cannot hold is
     /// [`CollectError::Unsupported`], by name.
     pub fn collect(&mut self, states: &[ThreadState]) -> Result<Collected, CollectError> {
+        self.collect_with(states, &CollectOptions::default())
+    }
+
+    /// Like [`Frozen::collect`], looking at as much as the options say.
+    pub fn collect_with(
+        &mut self,
+        states: &[ThreadState],
+        options: &CollectOptions,
+    ) -> Result<Collected, CollectError> {
         let pid = self.pid();
         let trace = |source| CollectError::Trace { pid, source };
         let io = |object: &str, call| {
@@ -124,19 +169,16 @@ impl Frozen {
         let vmas = self.vmas().map_err(io("its mappings", "reading"))?;
         let memory = self.memory().clone();
         self.share_site().map_err(trace)?;
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        let page =
-            self.leader().syscall(libc::SYS_mmap, &[0, 4096, prot, flags, u64::MAX, 0]).map_err(trace)?;
+        let area = self.leader().map_agent(BATCH, 4096).map_err(trace)?;
         let pidfd = self.pidfd().try_clone_to_owned().map_err(io("its pidfd", "dup"))?;
         let view =
             View { pid, pidfd: pidfd.as_fd(), memory: memory.as_ref(), modules: &modules, vmas: &vmas };
-        let result = (|| {
-            let threads = crate::threads::collect(self, states, Addr(page)).map_err(trace)?;
-            collect(&view, &mut Inside { frozen: self, page: Addr(page) }, threads)
-        })();
-        // Also after an error: the page is not the server's.
-        let gone = self.leader().syscall(libc::SYS_munmap, &[page, 4096]).map_err(trace);
+        let mut inside = Inside { frozen: self, area };
+        let result = crate::threads::collect(&mut inside, states)
+            .map_err(trace)
+            .and_then(|threads| collect(&view, &mut inside, threads, options));
+        // Also after an error: the memory is not the server's.
+        let gone = self.leader().unmap_agent(area).map_err(trace);
         let shared = self.leader().pending(true).map_err(trace);
         self.leader().put_back().map_err(trace)?;
         let (mut process, fds) = result?;
@@ -211,11 +253,11 @@ fn collect(
     view: &View<'_>,
     inside: &mut Inside<'_>,
     threads: Vec<proto::Thread>,
+    options: &CollectOptions,
 ) -> Result<(proto::Process, HashMap<u32, OwnedFd>), CollectError> {
-    let (fds, dups) = descriptors(view)?;
+    let (fds, dups) = descriptors(view, inside, options)?;
     let mut p = process::collect(view, inside, threads)?;
-    p.itimers = timers::interval(view, inside)?;
-    p.posix_timers = timers::posix(view, inside)?;
+    (p.itimers, p.posix_timers) = timers::collect(view, inside)?;
     p.vmas = view.vmas.to_vec();
     p.modules = view.modules.to_proto();
     p.fds = fds;
@@ -223,7 +265,11 @@ fn collect(
 }
 
 /// All descriptors, ascending, and our duplicates of them by number.
-pub fn descriptors(view: &View<'_>) -> Result<(Vec<proto::Fd>, HashMap<u32, OwnedFd>), CollectError> {
+fn descriptors(
+    view: &View<'_>,
+    inside: &mut Inside<'_>,
+    options: &CollectOptions,
+) -> Result<(Vec<proto::Fd>, HashMap<u32, OwnedFd>), CollectError> {
     let dir = view.proc("fd");
     let name = dir.display().to_string();
     let mut numbers: Vec<u32> = std::fs::read_dir(&dir)
@@ -232,16 +278,34 @@ pub fn descriptors(view: &View<'_>) -> Result<(Vec<proto::Fd>, HashMap<u32, Owne
         .collect();
     numbers.sort_unstable();
     raise_limit(numbers.len());
-    let net = NetTables::default();
-    let mut out = Vec::with_capacity(numbers.len());
-    let mut dups = HashMap::with_capacity(numbers.len());
-    for number in numbers {
+    let mut opened = Vec::with_capacity(numbers.len());
+    for &number in &numbers {
         let label = format!("descriptor {number}");
         let dup = sys::pidfd_getfd(view.pidfd, number as i32).map_err(view.errno(&label, "pidfd_getfd"))?;
-        let path = view.proc(&format!("fdinfo/{number}"));
-        let info = FdInfo::parse(&std::fs::read(path).map_err(view.io(&label, "reading fdinfo"))?);
-        let link = view.link(&format!("fd/{number}"))?;
         let stat = nix::sys::stat::fstat(&dup).map_err(view.errno(&label, "fstat"))?;
+        opened.push((dup, stat));
+    }
+    let is_socket = |stat: &nix::sys::stat::FileStat| stat.st_mode & libc::S_IFMT == libc::S_IFSOCK;
+    let sockets: Vec<u32> =
+        numbers.iter().zip(&opened).filter(|(_, (_, stat))| is_socket(stat)).map(|(n, _)| *n).collect();
+    let mut cloexec = cloexec(view, inside, &sockets)?.into_iter();
+    let net = NetTables { options: options.socket_options, ..NetTables::default() };
+    let mut out = Vec::with_capacity(numbers.len());
+    let mut dups = HashMap::with_capacity(numbers.len());
+    for (number, (dup, stat)) in numbers.into_iter().zip(opened) {
+        let (info, link) = if is_socket(&stat) {
+            // What fdinfo and the link would say: two files of /proc less for each of thousands of connections.
+            let flags = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETFL)
+                .map_err(view.errno(&format!("descriptor {number}"), "fcntl F_GETFL"))?;
+            let close = if cloexec.next() == Some(true) { libc::O_CLOEXEC } else { 0 };
+            let flags = (flags & !libc::O_CLOEXEC | close) as u32;
+            (FdInfo { flags, ..FdInfo::default() }, format!("socket:[{}]", stat.st_ino).into_bytes())
+        } else {
+            let label = format!("descriptor {number}");
+            let path = view.proc(&format!("fdinfo/{number}"));
+            let info = FdInfo::parse(&std::fs::read(path).map_err(view.io(&label, "reading fdinfo"))?);
+            (info, view.link(&format!("fd/{number}"))?)
+        };
         let open = Open { number, info, link, stat, dup: &dup };
         let object = object(view, &open, &net)?;
         out.push(proto::Fd {
@@ -257,6 +321,16 @@ pub fn descriptors(view: &View<'_>) -> Result<(Vec<proto::Fd>, HashMap<u32, Owne
     }
     share(view.pid, &mut out);
     Ok((out, dups))
+}
+
+/// Whether the descriptors are closed by an execve(2): a flag of the number, not of the open file.
+fn cloexec(view: &View<'_>, inside: &mut Inside<'_>, numbers: &[u32]) -> Result<Vec<bool>, CollectError> {
+    let get = |n: &u32| (libc::SYS_fcntl, [u64::from(*n), libc::F_GETFD as u64, 0, 0, 0, 0]);
+    let calls: Vec<_> = numbers.iter().map(get).collect();
+    let results = inside
+        .calls(Tid(view.pid.0), &calls)
+        .map_err(|source| CollectError::Trace { pid: view.pid, source })?;
+    Ok(results.into_iter().map(|r| r > 0 && r & i64::from(libc::FD_CLOEXEC) != 0).collect())
 }
 
 /// Holding ten thousand connections of another process takes as many descriptors of our own.
@@ -295,6 +369,8 @@ fn object(view: &View<'_>, o: &Open<'_>, net: &NetTables) -> Result<Object, Coll
 /// Socket tables that are read at most once.
 #[derive(Default)]
 struct NetTables {
+    /// Read every option.
+    options: bool,
     unix: std::cell::OnceCell<HashMap<u64, unix::Entry>>,
 }
 
@@ -305,10 +381,10 @@ impl NetTables {
         let protocol = tcp::int_option(o.dup.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL).unwrap_or(-1);
         Ok(match (domain, kind, protocol) {
             (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                Object::Tcp(tcp::collect(view, o, domain)?)
+                Object::Tcp(tcp::collect(view, o, domain, self.options)?)
             }
             (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, _) => {
-                Object::Udp(tcp::collect_udp(view, o, domain, protocol)?)
+                Object::Udp(tcp::collect_udp(o, domain, protocol, self.options)?)
             }
             (libc::AF_UNIX, _, _) => {
                 let table = self.unix.get_or_init(unix::table);
@@ -328,22 +404,24 @@ impl NetTables {
     }
 }
 
-/// Gives descriptors of one open file description the same `ofd`. kcmp(2) only among candidates that look alike.
+/// Gives descriptors of one open file description the same `ofd`. kcmp(2) only among candidates that look alike,
+/// and by its order: a thousand timers look alike.
 fn share(pid: Pid, fds: &mut [proto::Fd]) {
     let mut groups: HashMap<(String, u32, i64), Vec<usize>> = HashMap::new();
     let mut next = 0;
     for i in 0..fds.len() {
         let key = (fds[i].link.clone(), fds[i].flags, fds[i].pos);
         let peers = groups.entry(key).or_default();
-        let same = peers.iter().copied().find(|&j| {
-            sys::kcmp_file(pid.0, fds[i].number as i32, pid.0, fds[j].number as i32).unwrap_or(false)
+        let (number, is) = (fds[i].number as i32, |n: &usize| fds[*n].number as i32);
+        let found = peers.binary_search_by(|j| {
+            sys::kcmp_file(pid.0, is(j), pid.0, number).unwrap_or(std::cmp::Ordering::Less)
         });
-        match same {
-            Some(j) => fds[i].ofd = fds[j].ofd,
-            None => {
+        match found {
+            Ok(at) => fds[i].ofd = fds[peers[at]].ofd,
+            Err(at) => {
                 fds[i].ofd = next;
                 next += 1;
-                peers.push(i);
+                peers.insert(at, i);
             }
         }
     }

@@ -50,18 +50,25 @@ pub(super) fn collect(
     let page = inside.page();
     let tid = Tid(view.pid.0);
     let prctl = |n: i32, arg: u64| (libc::SYS_prctl, [n as u64, arg, 0, 0, 0, 0]);
-    let said = calls(
-        view,
-        inside,
-        tid,
-        &[
-            prctl(libc::PR_GET_DUMPABLE, 0),
-            prctl(libc::PR_GET_CHILD_SUBREAPER, page.0),
-            prctl(libc::PR_GET_SECUREBITS, 0),
-            prctl(libc::PR_GET_THP_DISABLE, 0),
-        ],
-    )?;
-    let subreaper = view.memory.u32(page).unwrap_or(0) != 0;
+    let mut list = vec![
+        prctl(libc::PR_GET_DUMPABLE, 0),
+        prctl(libc::PR_GET_CHILD_SUBREAPER, page.0 + ACTIONS_LEN as u64),
+        prctl(libc::PR_GET_SECUREBITS, 0),
+        prctl(libc::PR_GET_THP_DISABLE, 0),
+        // /proc shows only where it starts.
+        (libc::SYS_brk, [0; 6]),
+    ];
+    let settings = list.len();
+    // struct kernel_sigaction: handler, flags, restorer, mask.
+    list.extend((1..=SIGNALS).map(|s| (libc::SYS_rt_sigaction, [s, 0, page.0 + (s - 1) * 32, 8, 0, 0])));
+    let said = inside
+        .calls(tid, &list)
+        .map_err(|e| view.io("the process", "injected calls")(std::io::Error::other(e.to_string())))?;
+    let answers = view
+        .memory
+        .bytes(page, ACTIONS_LEN + 4)
+        .map_err(|e| view.io("memory", "read")(std::io::Error::other(e)))?;
+    let subreaper = answers[ACTIONS_LEN..].iter().any(|b| *b != 0);
     let mm = proto::Mm {
         start_code: field(26),
         end_code: field(27),
@@ -69,7 +76,7 @@ pub(super) fn collect(
         start_data: field(45),
         end_data: field(46),
         start_brk: field(47),
-        brk: brk(view, inside, tid)?,
+        brk: said[4] as u64,
         arg_start: field(48),
         arg_end: field(49),
         env_start: field(50),
@@ -113,7 +120,7 @@ pub(super) fn collect(
             securebits: said[2].max(0) as u32,
         }),
         rlimits: limits(&String::from_utf8_lossy(&read("limits"))),
-        sigactions: actions(view, inside, tid)?,
+        sigactions: actions(&said[settings..], &answers),
         no_new_privs: word("NoNewPrivs") == "1",
         child_subreaper: subreaper,
         dumpable: said[0].max(0) as u32,
@@ -125,34 +132,13 @@ pub(super) fn collect(
     })
 }
 
-fn calls(
-    view: &View<'_>,
-    inside: &mut Inside<'_>,
-    tid: Tid,
-    list: &[(i64, [u64; 6])],
-) -> Result<Vec<i64>, CollectError> {
-    inside
-        .calls(tid, list)
-        .map_err(|e| view.io("the process", "injected calls")(std::io::Error::other(e.to_string())))
-}
+/// Signals are 1 to 64.
+const SIGNALS: u64 = 64;
+/// Bytes that their actions take.
+const ACTIONS_LEN: usize = SIGNALS as usize * 32;
 
-/// brk(0) inside: /proc shows only where it starts.
-fn brk(view: &View<'_>, inside: &mut Inside<'_>, tid: Tid) -> Result<u64, CollectError> {
-    Ok(calls(view, inside, tid, &[(libc::SYS_brk, [0; 6])])?[0] as u64)
-}
-
-/// Every signal whose action is not the default. struct kernel_sigaction: handler, flags, restorer, mask.
-fn actions(
-    view: &View<'_>,
-    inside: &mut Inside<'_>,
-    tid: Tid,
-) -> Result<Vec<proto::SigAction>, CollectError> {
-    let page = inside.page();
-    let list: Vec<_> =
-        (1..=64u64).map(|s| (libc::SYS_rt_sigaction, [s, 0, page.0 + (s - 1) * 32, 8, 0, 0])).collect();
-    let results = calls(view, inside, tid, &list)?;
-    let raw =
-        view.memory.bytes(page, 64 * 32).map_err(|e| view.io("memory", "read")(std::io::Error::other(e)))?;
+/// Every signal whose action is not the default.
+fn actions(results: &[i64], raw: &[u8]) -> Vec<proto::SigAction> {
     let mut out = Vec::new();
     for (i, r) in results.iter().enumerate() {
         let w = |n: usize| {
@@ -169,7 +155,7 @@ fn actions(
             });
         }
     }
-    Ok(out)
+    out
 }
 
 /// /proc/PID/limits; its lines are in the order of the resource numbers but one (asm-generic/resource.h).

@@ -51,9 +51,13 @@ pub(super) fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> std::io::Resu
     Ok(buf)
 }
 
+#[allow(unsafe_code)]
 pub(super) fn int_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> Option<i32> {
-    let b = option(fd, level, name).ok()?;
-    Some(i32::from_ne_bytes(b.get(..4)?.try_into().ok()?))
+    let mut value = 0i32;
+    let mut len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: value and len describe a live int.
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &mut len) };
+    (r == 0 && len == 4).then_some(value)
 }
 
 fn options(fd: BorrowedFd<'_>, which: &[(i32, i32)]) -> Vec<proto::SockOpt> {
@@ -84,15 +88,24 @@ fn info(o: &Open<'_>) -> std::io::Result<(u32, u32)> {
     Ok((b.first().copied().unwrap_or(0).into(), word(28)))
 }
 
-pub(super) fn collect(view: &View<'_>, o: &Open<'_>, domain: i32) -> Result<proto::TcpSocket, CollectError> {
-    let name = o.name();
-    let (state, backlog) = info(o).map_err(view.io(&name, "getsockopt TCP_INFO"))?;
-    let ulp = option(o.dup.as_fd(), libc::IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default();
-    if ulp.iter().any(|&b| b != 0) {
-        return Err(view.unsupported(name, "the kernel encrypts it (kTLS)", "switch kTLS off in the server"));
+/// `all`: with every option, and refusing what a socket that is made again would lose.
+pub(super) fn collect(
+    view: &View<'_>,
+    o: &Open<'_>,
+    domain: i32,
+    all: bool,
+) -> Result<proto::TcpSocket, CollectError> {
+    let (state, backlog) = info(o).map_err(|e| view.io(&o.name(), "getsockopt TCP_INFO")(e))?;
+    let mut opts = Vec::new();
+    if all {
+        let ulp = option(o.dup.as_fd(), libc::IPPROTO_TCP, libc::TCP_ULP).unwrap_or_default();
+        if ulp.iter().any(|&b| b != 0) {
+            let why = "the kernel encrypts it (kTLS)";
+            return Err(view.unsupported(o.name(), why, "switch kTLS off in the server"));
+        }
+        opts = options(o.dup.as_fd(), OPTIONS);
+        opts.extend(options(o.dup.as_fd(), TCP_OPTIONS));
     }
-    let mut opts = options(o.dup.as_fd(), OPTIONS);
-    opts.extend(options(o.dup.as_fd(), TCP_OPTIONS));
     Ok(proto::TcpSocket {
         ino: o.stat.st_ino,
         family: domain as u32,
@@ -107,17 +120,17 @@ pub(super) fn collect(view: &View<'_>, o: &Open<'_>, domain: i32) -> Result<prot
 }
 
 pub(super) fn collect_udp(
-    _: &View<'_>,
     o: &Open<'_>,
     domain: i32,
     protocol: i32,
+    all: bool,
 ) -> Result<proto::UdpSocket, CollectError> {
     Ok(proto::UdpSocket {
         ino: o.stat.st_ino,
         family: domain as u32,
         local: address(o, false),
         peer: address(o, true),
-        options: options(o.dup.as_fd(), OPTIONS),
+        options: if all { options(o.dup.as_fd(), OPTIONS) } else { Vec::new() },
         r#type: libc::SOCK_DGRAM as u32,
         protocol: protocol as u32,
         ..Default::default()

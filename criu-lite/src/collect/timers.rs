@@ -3,54 +3,57 @@
 use super::{CollectError, Inside, View};
 use mcr_image::{Tid, proto};
 
-pub(super) fn interval(view: &View<'_>, inside: &mut Inside<'_>) -> Result<Vec<proto::Itimer>, CollectError> {
-    let page = inside.page();
-    let tid = Tid(view.pid.0);
-    let calls: Vec<_> =
-        (0..3u64).map(|which| (libc::SYS_getitimer, [which, page.0 + which * 32, 0, 0, 0, 0])).collect();
-    run(view, inside, tid, &calls, "getitimer")?;
-    let mut out = Vec::new();
-    for which in 0..3u64 {
-        let word = |n: u64| view.memory.u64(page.add(which * 32 + n * 8)).unwrap_or(0);
-        // struct itimerval: interval, then value; each seconds and microseconds.
-        let (interval_us, value_us) = (word(0) * 1_000_000 + word(1), word(2) * 1_000_000 + word(3));
-        // An interval without a time: it has expired and its SIGALRM is still pending.
-        if value_us != 0 || interval_us != 0 {
-            out.push(proto::Itimer { which: which as u32, value_us, interval_us });
-        }
-    }
-    Ok(out)
-}
+/// POSIX timers whose answers fit into the page behind those of the interval timers.
+const AT_ONCE: usize = 100;
+const INTERVAL_LEN: u64 = 3 * 32;
 
-pub(super) fn posix(
+pub(super) fn collect(
     view: &View<'_>,
     inside: &mut Inside<'_>,
-) -> Result<Vec<proto::PosixTimer>, CollectError> {
-    let text = std::fs::read_to_string(view.proc("timers")).unwrap_or_default();
-    let mut out = parse(&text);
+) -> Result<(Vec<proto::Itimer>, Vec<proto::PosixTimer>), CollectError> {
     let page = inside.page();
-    for t in &mut out {
-        let calls = [
-            (libc::SYS_timer_gettime, [u64::from(t.id), page.0, 0, 0, 0, 0]),
-            (libc::SYS_timer_getoverrun, [u64::from(t.id), 0, 0, 0, 0, 0]),
-        ];
-        let r = run(view, inside, Tid(view.pid.0), &calls, "timer_gettime")?;
-        let word = |n: u64| view.memory.u64(page.add(n * 8)).unwrap_or(0);
-        t.interval_ns = word(0) * 1_000_000_000 + word(1);
-        t.value_ns = word(2) * 1_000_000_000 + word(3);
-        t.overrun = r.get(1).copied().unwrap_or(0).max(0) as u32;
+    let word = |at: u64, n: u64| view.memory.u64(page.add(at + n * 8)).unwrap_or(0);
+    let mut posix = parse(&std::fs::read_to_string(view.proc("timers")).unwrap_or_default());
+    let mut calls: Vec<_> =
+        (0..3u64).map(|which| (libc::SYS_getitimer, [which, page.0 + which * 32, 0, 0, 0, 0])).collect();
+    let mut itimers = Vec::new();
+    let first = AT_ONCE.min(posix.len());
+    let (first, rest) = posix.split_at_mut(first);
+    for part in std::iter::once(first).chain(rest.chunks_mut(AT_ONCE)) {
+        let at = |i: usize| INTERVAL_LEN + i as u64 * 32;
+        let skip = calls.len();
+        for (i, t) in part.iter().enumerate() {
+            calls.push((libc::SYS_timer_gettime, [u64::from(t.id), page.0 + at(i), 0, 0, 0, 0]));
+            calls.push((libc::SYS_timer_getoverrun, [u64::from(t.id), 0, 0, 0, 0, 0]));
+        }
+        let results = run(view, inside, &calls)?;
+        for which in 0..skip as u64 {
+            let at = which * 32;
+            // struct itimerval: interval, then value; each seconds and microseconds.
+            let interval_us = word(at, 0) * 1_000_000 + word(at, 1);
+            let value_us = word(at, 2) * 1_000_000 + word(at, 3);
+            // An interval without a time: it has expired and its SIGALRM is still pending.
+            if value_us != 0 || interval_us != 0 {
+                itimers.push(proto::Itimer { which: which as u32, value_us, interval_us });
+            }
+        }
+        for (i, t) in part.iter_mut().enumerate() {
+            t.interval_ns = word(at(i), 0) * 1_000_000_000 + word(at(i), 1);
+            t.value_ns = word(at(i), 2) * 1_000_000_000 + word(at(i), 3);
+            t.overrun = results.get(skip + i * 2 + 1).copied().unwrap_or(0).max(0) as u32;
+        }
+        calls.clear();
     }
-    Ok(out)
+    Ok((itimers, posix))
 }
 
 fn run(
     view: &View<'_>,
     inside: &mut Inside<'_>,
-    tid: Tid,
     calls: &[(i64, [u64; 6])],
-    call: &'static str,
 ) -> Result<Vec<i64>, CollectError> {
-    inside.calls(tid, calls).map_err(|e| view.io("the process", call)(std::io::Error::other(e.to_string())))
+    let failed = |e: crate::TraceError| std::io::Error::other(e.to_string());
+    inside.calls(Tid(view.pid.0), calls).map_err(|e| view.io("the process", "timer_gettime")(failed(e)))
 }
 
 /// `ID: 0 / signal: 10/0000000000000000 / notify: signal/pid.1234 / ClockID: 1`, a group a timer

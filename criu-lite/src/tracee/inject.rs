@@ -7,7 +7,7 @@ use mcr_image::{Addr, Memory, Regs, Tid};
 use nix::errno::Errno;
 
 /// Every signal but SIGKILL and SIGSTOP, which cannot be blocked.
-const ALL_SIGNALS: u64 = !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1));
+pub(super) const ALL_SIGNALS: u64 = !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1));
 /// The agent ends in a trap: a blocked SIGTRAP would lose its handler (kernel/signal.c, force_sig_info).
 const ALL_BUT_TRAP: u64 = ALL_SIGNALS & !(1 << (libc::SIGTRAP - 1));
 
@@ -58,7 +58,7 @@ impl Tracee {
         Ok(ptrace::get_regs(self.tid)?.rax as i64)
     }
 
-    fn base(&self) -> Regs {
+    pub(super) fn base(&self) -> Regs {
         self.session.as_ref().map(|s| s.base).unwrap_or_default()
     }
 
@@ -92,8 +92,13 @@ impl Tracee {
         }
     }
 
+    /// Whether a thread that is let go in an injection returns to its interrupted context.
+    pub(super) fn has_way_back(&self) -> bool {
+        self.session.as_ref().is_some_and(|s| s.stack.is_some())
+    }
+
     /// Saves the thread's state and makes it ready for injections.
-    fn begin(&mut self) -> Result<(), TraceError> {
+    pub(super) fn begin(&mut self) -> Result<(), TraceError> {
         if self.session.is_some() {
             return Ok(());
         }

@@ -23,7 +23,7 @@ mod restart;
 mod scratch;
 mod site;
 
-pub use agent::{Agent, Call};
+pub use agent::{Agent, Area, Call};
 pub use error::TraceError;
 pub use inject::CloneFlags;
 pub use restart::{Blocked, blocked_call};

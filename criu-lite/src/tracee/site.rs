@@ -1,7 +1,10 @@
 //! Where in the target a system call can be executed.
 
 use crate::ProcessMemory;
+use crate::procfs::maps::MapsLine;
 use mcr_image::{Addr, Memory};
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock};
 
 /// `syscall`.
 const SYSCALL: &[u8] = &[0x0f, 0x05];
@@ -9,6 +12,48 @@ const SYSCALL: &[u8] = &[0x0f, 0x05];
 const SYSCALL_RET: &[u8] = &[0x0f, 0x05, 0xc3];
 /// `mov $15,%rax; syscall`: libc's `__restore_rt`.
 const RESTORE_RT: &[u8] = &[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05];
+
+/// Where the instructions are in a mapping.
+#[derive(Clone, Copy, Debug, Default)]
+struct Found {
+    syscall: Option<u64>,
+    ret: Option<u64>,
+    restore: Option<u64>,
+}
+
+/// What was found in mapped files, by device, inode, offset and length.
+type Known = HashMap<(u64, u64, u64, u64), Found>;
+
+fn cache() -> &'static Mutex<Known> {
+    static CACHE: OnceLock<Mutex<Known>> = OnceLock::new();
+    CACHE.get_or_init(Mutex::default)
+}
+
+fn key(m: &MapsLine) -> (u64, u64, u64, u64) {
+    (m.dev, m.ino, m.offset, m.end.since(m.start))
+}
+
+/// What was found there before, if it is still there: files and memory change.
+fn known(mem: &ProcessMemory, m: &MapsLine) -> Option<Found> {
+    let found = *cache().lock().ok()?.get(&key(m))?;
+    let is = |at: Option<u64>, pattern: &[u8]| {
+        at.is_none_or(|n| mem.bytes(m.start.add(n), pattern.len()).is_ok_and(|b| b == pattern))
+    };
+    (is(found.syscall, SYSCALL) && is(found.ret, SYSCALL_RET) && is(found.restore, RESTORE_RT))
+        .then_some(found)
+}
+
+fn search(mem: &ProcessMemory, m: &MapsLine, len: usize) -> Option<Found> {
+    let code = mem.bytes(m.start, len).ok()?;
+    let find = |p: &[u8]| code.windows(p.len()).position(|w| w == p).map(|n| n as u64);
+    let found = Found { syscall: find(SYSCALL), ret: find(SYSCALL_RET), restore: find(RESTORE_RT) };
+    if m.ino != 0
+        && let Ok(mut known) = cache().lock()
+    {
+        known.insert(key(m), found);
+    }
+    Some(found)
+}
 
 /// Instructions found in the target.
 #[derive(Clone, Copy, Debug)]
@@ -40,15 +85,14 @@ impl Site {
             }
             // Large programs are not worth reading whole: libc comes before them and has everything.
             let len = m.end.since(m.start).min(8 << 20) as usize;
-            let Ok(code) = mem.bytes(m.start, len) else {
+            let Some(found) = known(mem, m).or_else(|| search(mem, m, len)) else {
                 continue;
             };
-            let find =
-                |pat: &[u8]| code.windows(pat.len()).position(|w| w == pat).map(|n| m.start.add(n as u64));
-            any = any.or_else(|| find(SYSCALL));
+            let at = |offset: Option<u64>| offset.map(|n| m.start.add(n));
+            any = any.or_else(|| at(found.syscall));
             if guarded {
-                ret = ret.or_else(|| find(SYSCALL_RET));
-                restore = restore.or_else(|| find(RESTORE_RT));
+                ret = ret.or_else(|| at(found.ret));
+                restore = restore.or_else(|| at(found.restore));
             }
         }
         Ok(any.map(|syscall| Self { syscall, guarded: ret.zip(restore) }))
