@@ -5,7 +5,7 @@ use super::make::{Files, Guard, Old, lay, make, rewrite_pid_files, tids};
 use super::programs::{Programs, old_program};
 use super::{UpdateError, UpdateOptions, UpdateReport, hand, report};
 use crate::boot::Host;
-use mcr_criu_lite::{FreezeOptions, Frozen};
+use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen};
 use mcr_image::{Pid, proto};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -22,7 +22,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
-    let mut collected = frozen.collect(&states)?;
+    let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
     if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
         return Err(UpdateError::Internal("the process executed another program while it was looked at"));
     }

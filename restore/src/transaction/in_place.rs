@@ -10,7 +10,7 @@ use crate::boot::fates;
 use crate::fds::{InTracee, Install, install_fds, take_copies};
 use crate::inplace::{self, InPlace, Input, Laid, PlanError, Stale, refreshed};
 use mcr_criu_lite::tracee::commit;
-use mcr_criu_lite::{FreezeOptions, Frozen};
+use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen};
 use mcr_image::{Blocks, ElfFile, Fd, Memory, Pid, proto};
 use mcr_transform::heap::GlibcHeap;
 use std::os::fd::AsFd;
@@ -100,7 +100,7 @@ fn change(
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
-    let mut collected = frozen.collect(&states)?;
+    let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
     collected.fds.clear();
     if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
         return Err(UpdateError::Internal("the process executed another program while it was looked at"));

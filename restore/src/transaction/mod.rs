@@ -17,7 +17,7 @@ pub use offline::restore_update;
 use crate::boot::BootOutcome;
 use crate::link::{LinkStats, WriteList};
 use clock::Clock;
-use mcr_criu_lite::{FreezeOptions, Frozen, QuiesceOptions, modules};
+use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen, QuiesceOptions, modules};
 use mcr_image::{Pid, proto};
 use std::path::Path;
 use std::sync::Arc;
@@ -99,7 +99,7 @@ pub fn plan(pid: Pid, new: &Path, options: &mcr_transform::Options) -> Result<pr
     modules::preload(pid);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     let states = frozen.quiesce(&QuiesceOptions::default())?;
-    let mut collected = frozen.collect(&states)?;
+    let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
     let memory = Arc::clone(frozen.memory());
     collected.let_go();
     let patch = mcr_transform::plan_process(&collected.process, &*memory, &collected.modules, new, options)?;

@@ -7,7 +7,7 @@ use super::{UpdateError, UpdateOptions};
 use crate::boot::{BootOutcome, Fate, Host, fates};
 use crate::inplace::refreshed;
 use crate::link::WriteList;
-use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory};
+use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -95,7 +95,7 @@ pub(super) fn rehearse(
     mcr_criu_lite::tracee::commit::sweep(&mut frozen)?;
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
-    let mut collected = frozen.collect(&states)?;
+    let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
     if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
         return Err(UpdateError::Internal("the process executed another program while it was looked at"));
     }
