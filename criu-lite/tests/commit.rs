@@ -529,6 +529,78 @@ fn signals_that_come_while_parked_are_not_lost() {
     t.p.finish_ok();
 }
 
+/// Threads that compute with integers, vectors and the red zone under a storm of signals, and a main thread that
+/// polls with a timeout.
+const BUSY: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+static volatile int stop, bad; static volatile long taken, polls; long scratch[4096];
+static void on(int s) { (void)s; __atomic_add_fetch(&taken, 1, 5); }
+static double work(double x) { for (int i = 0; i < 2000; i++) x = x * 1.0000001 + i / (x + 1); return x; }
+static long leaf(long a) { volatile long z[12]; for (int i = 0; i < 12; i++) z[i] = a + i; long r = 0;
+    for (int n = 0; n < 50; n++) for (int i = 0; i < 12; i++) r += z[i]; return r; }
+static void *busy(void *a) { double want = work(1.5); unsigned long h = 1;
+    while (!stop) { if (work(1.5) != want) bad = 1; h = h * 31 + 7; if (leaf(h) != (long)(50 * (12 * h + 66))) bad = 2; } return 0; }
+static long ns(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000L + t.tv_nsec; }
+int main(void) {
+    struct sigaction sa = { .sa_handler = on, .sa_flags = SA_RESTART }; sigaction(SIGUSR1, &sa, 0);
+    pthread_t t[4]; for (int i = 0; i < 4; i++) pthread_create(&t[i], 0, busy, 0);
+    printf("ready\n%lx\n", (long)scratch); fflush(stdout);
+    for (;;) { struct pollfd f = { 0, POLLIN, 0 }; long b = ns(); int r = poll(&f, 1, 100);
+        if (r > 0) break;
+        if (r < 0 && errno != EINTR) bad = 3;
+        if (r == 0) { polls++; if (ns() - b < 99000000) bad = 4; } }
+    stop = 1; for (int i = 0; i < 4; i++) pthread_join(t[i], 0);
+    for (int i = 0; i < 4096; i++) if (scratch[i]) bad = 5;
+    printf("bad %d taken %ld polls %ld\n", bad, taken, polls); return bad;
+}
+"#;
+
+#[test]
+fn computing_threads_under_signals_do_not_notice_an_aborted_commit() {
+    let mut p = Program::start(BUSY);
+    let scratch = u64::from_str_radix(&p.line(), 16).unwrap();
+    let mut sent = 0;
+    for round in 0..150 {
+        let mut f = Frozen::seize(Pid(p.pid()), &FreezeOptions::default()).unwrap();
+        commit::sweep(&mut f).unwrap();
+        let mut plan = CommitPlan::default();
+        for t in f.threads() {
+            let becomes = Context { regs: t.regs().unwrap(), xstate: t.xstate().unwrap(), at_call: false };
+            plan.threads.push(ThreadPlan { tid: t.tid(), becomes, ..ThreadPlan::default() });
+        }
+        let n = plan.threads.len();
+        plan.threads.rotate_left(round % n);
+        plan.threads[n - 1].calls.push(bad_call());
+        plan.writes = (0..4096).map(|i| (Addr(scratch + i * 8), vec![0xff; 8])).collect();
+        let armed = commit::stage(&mut f, &plan).unwrap().arm().unwrap();
+        if round % 3 != 0 {
+            // SAFETY: our own child.
+            unsafe { libc::kill(p.pid(), libc::SIGUSR1) };
+            sent += 1;
+        }
+        let out = armed.commit().unwrap();
+        assert_eq!(out.failure.unwrap().list, List::Thread(plan.threads[n - 1].tid));
+        drop(f);
+        if round % 5 == 0 {
+            // SAFETY: our own child.
+            unsafe { libc::kill(p.pid(), libc::SIGUSR1) };
+            sent += 1;
+        }
+    }
+    p.tell("x");
+    let out = p.finish_ok();
+    assert!(out.starts_with("bad 0 "), "{out}");
+    let taken = number(out.trim(), "taken");
+    assert!(taken > sent / 2 && taken <= sent, "{taken} of {sent} signals");
+}
+
 /// An engine of its own process that commits, or fails to, and sweeps. It dies before its `n`-th call on the
 /// target; 0: it does not.
 fn engine(t: &Target, n: u64, fails: bool) -> libc::pid_t {

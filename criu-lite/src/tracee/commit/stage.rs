@@ -4,7 +4,7 @@ use super::area::{Map, Mapped, map};
 use super::layout::{Builder, Layout, Lists, State, control, written_pages};
 use super::outcome::{CommitError, Outcome};
 use super::plan::{CommitPlan, Context};
-use super::{place, rewind, wait};
+use super::{place, rewind, sweep, wait};
 use crate::tracee::{Stop, fault, ptrace};
 use crate::{Frozen, TraceError};
 use mcr_image::{Addr, Regs, Tid};
@@ -97,6 +97,7 @@ pub fn stage<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>
         .memory()
         .maps()
         .map_err(|source| trace(TraceError::Proc { path: format!("/proc/{pid}/maps"), source }))?;
+    sweep::leave(frozen, &maps).map_err(trace)?;
     let writes = place::disjoint(&plan.writes);
     let pages = written_pages(plan, &writes, &maps);
     let held_xstate: Vec<Vec<u8>> = plan
