@@ -31,8 +31,6 @@ fn one(inside: &mut Inside<'_>, tid: Tid, state: Option<&ThreadState>) -> Result
     };
     let xstate = t.xstate()?;
     let sigmask = t.sigmask()?;
-    let info = |v: Vec<[u8; 128]>| v.into_iter().map(|b| proto::SigInfo { siginfo: b.to_vec() }).collect();
-    let pending = info(t.pending(false)?);
     let rseq = t.rseq().ok().filter(|r| r.0.0 != 0);
     let calls = [
         (libc::SYS_sigaltstack, [0, page.0, 0, 0, 0, 0]),
@@ -59,7 +57,8 @@ fn one(inside: &mut Inside<'_>, tid: Tid, state: Option<&ThreadState>) -> Result
         regs: image_regs.to_words(),
         xstate,
         sigmask,
-        pending,
+        // With the process's timers, see `collect`.
+        pending: Vec::new(),
         // SS_ONSTACK (1) is a state, not a setting.
         altstack: Some(proto::AltStack { sp, flags: flags as u32 & !1, size }),
         robust_list,

@@ -163,6 +163,7 @@ fn kernel_call(host: &mut dyn Stopped, call: &KernelCall) -> Result<bool, ApplyE
             }
             Ok(true)
         }
+        KernelCall::PosixTimer { timer } => posix_timer(host, timer).map(|()| true),
         KernelCall::SetItimer { which, value_us, interval_us } => {
             let mut b = Vec::with_capacity(32);
             for us in [interval_us, value_us] {
@@ -177,6 +178,47 @@ fn kernel_call(host: &mut dyn Stopped, call: &KernelCall) -> Result<bool, ApplyE
             Ok(true)
         }
     }
+}
+
+/// PR_TIMER_CREATE_RESTORE_IDS (include/uapi/linux/prctl.h, Linux 6.15): timer_create(2) takes the id from its
+/// result word.
+pub(crate) const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
+
+fn posix_timer(host: &mut dyn Stopped, t: &mcr_image::proto::PosixTimer) -> Result<(), ApplyError> {
+    const NS: u64 = 1_000_000_000;
+    let pid = host.pid();
+    let name = format!("POSIX timer {}", t.id);
+    let id = u64::from(t.id);
+    // What the start-up made in its place. EINVAL: nothing.
+    host.call("timer_delete", libc::SYS_timer_delete, &[id])?;
+    // struct sigevent (value, signo, notify, tid), the id, struct itimerspec.
+    let mut b = vec![0u8; 72];
+    b[..8].copy_from_slice(&t.sigval.to_le_bytes());
+    b[8..12].copy_from_slice(&t.signo.to_le_bytes());
+    b[12..16].copy_from_slice(&t.notify.to_le_bytes());
+    b[16..20].copy_from_slice(&t.notify_tid.to_le_bytes());
+    b[64..68].copy_from_slice(&t.id.to_le_bytes());
+    for word in [t.interval_ns / NS, t.interval_ns % NS, t.value_ns / NS, t.value_ns % NS] {
+        b.extend_from_slice(&word.to_le_bytes());
+    }
+    let at = host.stage(&b)?.0;
+    let restore = |host: &mut dyn Stopped, on: u64| {
+        host.call("prctl", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, on, 0, 0, 0])
+    };
+    let check = |call: &str, r: i64| match r {
+        0.. => Ok(()),
+        r => Err(call_error(pid, format!("{call} of {name}"), r)),
+    };
+    check("prctl PR_TIMER_CREATE_RESTORE_IDS (Linux 6.15)", restore(host, 1)?)?;
+    let args = [i64::from(t.clockid) as u64, at, at + 64];
+    let made = host.call("timer_create", libc::SYS_timer_create, &args)?;
+    check("prctl PR_TIMER_CREATE_RESTORE_IDS", restore(host, 0)?)?;
+    check("timer_create", made)?;
+    if t.value_ns != 0 {
+        let r = host.call("timer_settime", libc::SYS_timer_settime, &[id, 0, at + 72, 0])?;
+        check("timer_settime", r)?;
+    }
+    Ok(())
 }
 
 /// Small runs in batches by process_vm_writev(2); what it cannot write (read-only pages) through

@@ -7,5 +7,6 @@ pub mod inplace;
 pub mod keeper;
 pub mod link;
 pub mod rebuild;
+mod signals;
 mod sys;
 pub mod transaction;

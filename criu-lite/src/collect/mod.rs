@@ -179,12 +179,9 @@ impl Frozen {
             .and_then(|threads| collect(&view, &mut inside, threads, options));
         // Also after an error: the memory is not the server's.
         let gone = self.leader().unmap_agent(area).map_err(trace);
-        let shared = self.leader().pending(true).map_err(trace);
         self.leader().put_back().map_err(trace)?;
-        let (mut process, fds) = result?;
+        let (process, fds) = result?;
         gone?;
-        process.shared_pending =
-            shared?.into_iter().map(|b| proto::SigInfo { siginfo: b.to_vec() }).collect();
         Ok(Collected { process, fds, modules })
     }
 }
@@ -257,11 +254,59 @@ fn collect(
 ) -> Result<(proto::Process, HashMap<u32, OwnedFd>), CollectError> {
     let (fds, dups) = descriptors(view, inside, options)?;
     let mut p = process::collect(view, inside, threads)?;
-    (p.itimers, p.posix_timers) = timers::collect(view, inside)?;
+    // A timer that expires while it is looked at either still has its time, or its signal is pending: both or
+    // neither would double or lose it. Nobody takes signals now, so this ends when every timer has expired.
+    loop {
+        let before = Pending::read(view, inside)?;
+        (p.itimers, p.posix_timers) = timers::collect(view, inside)?;
+        let after = Pending::read(view, inside)?;
+        if before.same_signals(&after) {
+            after.put(&mut p);
+            break;
+        }
+    }
     p.vmas = view.vmas.to_vec();
     p.modules = view.modules.to_proto();
     p.fds = fds;
     Ok((p, dups))
+}
+
+/// Signals that wait, of the process and of each thread.
+struct Pending {
+    shared: Vec<[u8; 128]>,
+    threads: Vec<(Tid, Vec<[u8; 128]>)>,
+}
+
+impl Pending {
+    fn read(view: &View<'_>, inside: &mut Inside<'_>) -> Result<Self, CollectError> {
+        let trace = |source| CollectError::Trace { pid: view.pid, source };
+        let shared = inside.frozen.leader().pending(true).map_err(trace)?;
+        let tids: Vec<Tid> = inside.frozen.threads().iter().map(|t| t.tid()).collect();
+        let one = |tid| {
+            let t = inside.frozen.thread(tid).ok_or(TraceError::Gone { tid })?;
+            Ok((tid, t.pending(false)?))
+        };
+        let threads = tids.into_iter().map(one).collect::<Result<_, TraceError>>().map_err(trace)?;
+        Ok(Self { shared, threads })
+    }
+
+    /// By number and by what sent them; the count of overruns may differ.
+    fn same_signals(&self, other: &Self) -> bool {
+        let head = |v: &[[u8; 128]]| v.iter().map(|s| s[..20].to_vec()).collect::<Vec<_>>();
+        let all = |p: &Self| p.threads.iter().map(|(t, v)| (*t, head(v))).collect::<Vec<_>>();
+        head(&self.shared) == head(&other.shared) && all(self) == all(other)
+    }
+
+    fn put(self, p: &mut proto::Process) {
+        let infos =
+            |v: Vec<[u8; 128]>| v.into_iter().map(|b| proto::SigInfo { siginfo: b.to_vec() }).collect();
+        p.shared_pending = infos(self.shared);
+        for (tid, list) in self.threads {
+            if let Some(t) = p.threads.iter_mut().find(|t| t.tid == tid.0 as u32) {
+                t.pending = infos(list);
+            }
+        }
+    }
 }
 
 /// All descriptors, ascending, and our duplicates of them by number.

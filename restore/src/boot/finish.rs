@@ -55,6 +55,8 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         sigactions.entry(a.signo).or_insert_with(|| *a);
     }
     let sigactions = sigactions.into_values().collect();
+    let timers = std::mem::take(&mut run.gate.timers);
+    let new_itimers = std::mem::take(&mut run.gate.new_itimers);
     let booted = Booted {
         pid: host.pid,
         new_path: spec.new_path.clone(),
@@ -68,6 +70,8 @@ pub(super) fn finish(host: &Host, spec: &BootSpec<'_>, mut run: Run<'_>) -> Resu
         new_only_fds,
         epolls,
         sigactions,
+        timers,
+        new_itimers,
         brk: Addr(spec.old.mm.as_ref().map_or(0, |m| m.brk)),
         stack: Some(run.loaded.stack),
         entry_stack: run.loaded.entry_stack,

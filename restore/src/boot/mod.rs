@@ -106,10 +106,17 @@ pub fn boot(host: &mut Host, spec: &BootSpec<'_>) -> Result<BootOutcome, BootErr
     let started = Instant::now();
     let old_threads = old_threads(host.memory(), spec.old);
     let loaded = exec::userland_exec(host, spec)?;
+    let timers = !spec.old.posix_timers.is_empty();
+    if timers {
+        gate::timers::choose_ids(host, true)?;
+    }
     let exec_us = started.elapsed().as_micros() as u64;
     let run = run::Runner::new(host, spec, &old_threads, loaded).run()?;
     let run_us = started.elapsed().as_micros() as u64 - exec_us;
     let mut outcome = finish::finish(host, spec, run)?;
+    if timers {
+        gate::timers::choose_ids(host, false)?;
+    }
     let all_us = started.elapsed().as_micros() as u64;
     outcome.phases = vec![
         ("exec".into(), exec_us),

@@ -5,8 +5,8 @@ use super::{Input, Stale};
 use crate::boot::ThreadKernel;
 use crate::link::{KernelCall, NewThread};
 use mcr_criu_lite::tracee::commit::{Call, CommitPlan, result_of};
-use mcr_image::proto;
 use mcr_image::proto::fd::Object;
+use mcr_image::{Addr, proto};
 
 /// RSEQ_FLAG_UNREGISTER (include/uapi/linux/rseq.h, Linux 4.18).
 const RSEQ_UNREGISTER: u64 = 1;
@@ -107,6 +107,7 @@ pub(super) fn thread(
     new: &NewThread,
     kernel: &ThreadKernel,
     old: Option<&proto::Thread>,
+    retained: impl Fn(Addr) -> bool,
     plan: &mut CommitPlan,
 ) -> (Vec<Call>, Vec<Call>) {
     let (mut before, mut calls) = (Vec::new(), Vec::new());
@@ -132,8 +133,10 @@ pub(super) fn thread(
                 .undo(libc::SYS_set_tid_address, &[o.clear_child_tid]),
         );
     }
+    // Old's state may point at its signal stack: where that memory stays, the stack does.
     let was = old.and_then(|o| o.altstack).unwrap_or_default();
-    if was != new.altstack {
+    let stays = was.size != 0 && retained(Addr(was.sp)) && retained(Addr(was.sp + was.size - 1));
+    if was != new.altstack && !stays {
         let set = plan.put(&altstack(&new.altstack));
         let back = plan.put(&altstack(&was));
         calls.push(Call::new(libc::SYS_sigaltstack, &[set, 0]).undo(libc::SYS_sigaltstack, &[back, 0]));

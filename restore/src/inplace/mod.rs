@@ -9,6 +9,7 @@
 mod kernel;
 mod memory;
 mod program;
+mod timers;
 mod view;
 
 pub use memory::{MemoryPlan, MemoryPlanError, NewMap, Sides};
@@ -145,16 +146,16 @@ pub fn plan(input: &Input<'_>) -> Result<InPlace, PlanError> {
 
     let mut findings = Vec::new();
     let mut commit = CommitPlan::default();
-    if !input.old.posix_timers.is_empty() {
-        return Err(unsupported(format!(
-            "the old version has {} POSIX timers",
-            input.old.posix_timers.len()
-        )));
-    }
     kernel::actions(input, &mut commit);
     kernel::descriptors(input, &mut commit)?;
     kernel::epolls(input, &mut commit);
     let exe_call = program::lay(input, &memory, &mut commit)?;
+    timers::timers(input, &mut commit)?;
+    let retained = |a: Addr| {
+        fated
+            .iter()
+            .any(|(v, f)| v.start <= a.0 && a.0 < v.end && matches!(f, Fate::Keep | Fate::CopyReadOnly))
+    };
     let mut writes = [memory.fills, memory.writes].concat();
     thread_ids(input, &writes, &mut findings).into_iter().for_each(|w| writes.push(w));
     let bytes = writes.iter().map(|w| w.bytes.len()).sum();
@@ -166,11 +167,11 @@ pub fn plan(input: &Input<'_>) -> Result<InPlace, PlanError> {
             Some(tid) => {
                 let old = input.old.threads.iter().find(|o| o.tid == tid.0 as u32);
                 let old = old.ok_or_else(|| Stale::Threads(format!("thread {tid} is gone")))?;
-                let (before, calls) = kernel::thread(t, k, Some(old), &mut commit);
+                let (before, calls) = kernel::thread(t, k, Some(old), retained, &mut commit);
                 commit.threads.push(ThreadPlan { tid, becomes, sigmask: t.sigmask, before, calls });
             }
             None => {
-                let (_, calls) = kernel::thread(t, k, None, &mut commit);
+                let (_, calls) = kernel::thread(t, k, None, retained, &mut commit);
                 let tid_word = (k.tid_address.0 != 0).then_some(k.tid_address);
                 commit.new_threads.push(NewThread { becomes, sigmask: t.sigmask, calls, tid_word });
             }

@@ -141,6 +141,17 @@ pub struct BootEpoll {
     pub watches: Vec<proto::EpollWatch>,
 }
 
+/// A POSIX timer of the booted host.
+#[derive(Clone, Debug, Default)]
+pub struct BootTimer {
+    /// Its id.
+    pub id: u32,
+    /// clock id, SIGEV_ kind and signal.
+    pub kind: (i32, i32, i32),
+    /// Old has it, too, under the same id.
+    pub in_old: bool,
+}
+
 /// The host after a successful boot.
 #[derive(Clone, Debug, Default)]
 pub struct Booted {
@@ -178,6 +189,10 @@ pub struct Booted {
     pub in_place: bool,
     /// What the boot found worth telling.
     pub findings: Vec<proto::Finding>,
+    /// POSIX timers that its start-up made.
+    pub timers: Vec<BootTimer>,
+    /// Interval timers that its start-up set and old does not use.
+    pub new_itimers: Vec<u32>,
 }
 
 impl Booted {

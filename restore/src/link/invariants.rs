@@ -106,17 +106,20 @@ pub fn modules(old: &ModuleMap, booted: &Booted, findings: &mut Vec<proto::Findi
     Ok(())
 }
 
-/// I6: nothing that is written points into the old program's memory that is gone.
+/// I6: nothing that is written points into the old program's memory that is gone. `returns_to` tells whether an
+/// address of the old program follows a call: in a local (an array that was never filled) that is what an earlier
+/// call left on the stack. No variable of C holds such a value.
 pub fn no_old_program(
     old_exe: (Addr, Addr),
     booted: &Booted,
     out: &Overlay<'_>,
     ranges: &[(Addr, u64, String)],
+    returns_to: impl Fn(Addr) -> bool,
 ) -> Result<(), Refusal> {
     each_word(out, ranges, |place, word, what| {
         let a = Addr(word);
         let gone = a >= old_exe.0 && a < old_exe.1 && !booted.is_retained(a) && !booted.is_native(a);
-        if gone {
+        if gone && !(what.starts_with("local ") && returns_to(a)) {
             return Err(Refusal::new(
                 "I6",
                 format!("{what}: the word at {place} still points at {a} in the old program, which is gone"),
@@ -126,6 +129,15 @@ pub fn no_old_program(
         }
         Ok(())
     })
+}
+
+/// Whether a call instruction ends at an address: `call rel32`, or `call r/m64` in its lengths.
+pub fn after_call(memory: &dyn Memory, at: Addr) -> bool {
+    let Ok(b) = memory.bytes(Addr(at.0.saturating_sub(7)), 7) else {
+        return false;
+    };
+    let indirect = |n: usize| b[7 - n] == 0xff && b[8 - n] >> 3 & 7 == 2;
+    b[2] == 0xe8 || [2, 3, 6, 7].into_iter().any(indirect)
 }
 
 /// I7: the patch itself has nothing open.
@@ -306,11 +318,32 @@ mod tests {
         let out = Overlay::new(&m);
         let ranges = [(Addr(0x9000), 64, "global x".to_owned())];
         let exe = (Addr(0x40_0000), Addr(0x50_0000));
-        let r = no_old_program(exe, &Booted::default(), &out, &ranges).unwrap_err();
+        let r = no_old_program(exe, &Booted::default(), &out, &ranges, |_| true).unwrap_err();
         assert!(r.invariant == "I6" && r.message.contains("0x9008") && r.path == "global x", "{r}");
         let kept =
             Booted { retained: vec![Span::new(Addr(0x40_1000), Addr(0x40_2000))], ..Default::default() };
-        assert_eq!(no_old_program(exe, &kept, &out, &ranges), Ok(()), "old read-only data stays mapped");
+        let never = |_| false;
+        assert_eq!(
+            no_old_program(exe, &kept, &out, &ranges, never),
+            Ok(()),
+            "old read-only data stays mapped"
+        );
+        let local = [(Addr(0x9000), 64, "local loop::ev".to_owned())];
+        assert!(no_old_program(exe, &Booted::default(), &out, &local, never).is_err());
+        assert_eq!(no_old_program(exe, &Booted::default(), &out, &local, |a| a == Addr(0x40_1000)), Ok(()));
+    }
+
+    #[test]
+    fn return_addresses_are_recognised() {
+        let code = |b: &[u8]| Runs::default().with(0x1000, b.to_vec());
+        let nop = 0x90;
+        assert!(after_call(&code(&[nop, nop, 0xe8, 1, 2, 3, 4]), Addr(0x1007)));
+        // call *%rax; call *0x8(%rbx); call *sym(%rip)
+        assert!(after_call(&code(&[nop, nop, nop, nop, nop, 0xff, 0xd0]), Addr(0x1007)));
+        assert!(after_call(&code(&[nop, nop, nop, nop, 0xff, 0x53, 8]), Addr(0x1007)));
+        assert!(after_call(&code(&[nop, 0xff, 0x15, 1, 2, 3, 4]), Addr(0x1007)));
+        assert!(!after_call(&code(&[nop, nop, 0xe9, 1, 2, 3, 4]), Addr(0x1007)));
+        assert!(!after_call(&code(&[]), Addr(0x1007)));
     }
 
     #[test]

@@ -106,7 +106,8 @@ pub fn itimers(process: &proto::Process, calls: &mut Vec<KernelCall>) {
     for t in &process.itimers {
         calls.push(KernelCall::SetItimer {
             which: t.which,
-            value_us: t.value_us,
+            // No time left and a period: it has expired, and waits for its pending signal to be taken.
+            value_us: if t.value_us == 0 { t.interval_us } else { t.value_us },
             interval_us: t.interval_us,
         });
     }
@@ -152,25 +153,6 @@ pub fn differences(process: &proto::Process, booted: &Booted, findings: &mut Vec
                 "",
             ));
         }
-        if !t.pending.is_empty() {
-            findings.push(super::finding(
-                proto::Severity::Warning,
-                "signal-pending",
-                format!("thread {}: {} pending signals are not carried over", t.tid, t.pending.len()),
-                "",
-            ));
-        }
-    }
-    if !process.posix_timers.is_empty() {
-        findings.push(super::finding(
-            proto::Severity::Warning,
-            "posix-timers",
-            format!(
-                "{} POSIX timers of the old process: the new version's own take their place",
-                process.posix_timers.len()
-            ),
-            "",
-        ));
     }
 }
 

@@ -20,9 +20,11 @@ pub mod pairs;
 pub mod redirect;
 mod scan;
 pub mod state;
+mod timers;
 
-pub use input::{BootEpoll, BootFrame, BootModule, Booted, FdMatch, NewThread, Span};
+pub use input::{BootEpoll, BootFrame, BootModule, BootTimer, Booted, FdMatch, NewThread, Span};
 pub use output::{KernelCall, LinkStats, MemWrite, Refusal, RegWrite, WriteList};
+pub(crate) use timers::calls_back;
 
 use mcr_image::unwind::{Frame, unwind};
 use mcr_image::{Addr, ElfFile, Memory, ModuleMap, Tid, proto};
@@ -195,11 +197,15 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         &mut state.findings,
     )?;
     kernel::itimers(process, &mut calls);
+    timers::carry(process, patch, booted, |r| layout.value(r).map(|v| v.0), &mut calls, &mut state.findings)?;
+    let libc_data = libc_module.map_or_else(Vec::new, |m| scan::writable(booted, m.start, m.end));
+    timers::adopt_callbacks(process, input.old, booted, &libc_data, translate_old, &mut state.out)?;
     kernel::differences(process, booted, &mut state.findings);
 
     let written = written_ranges(patch, &layout, &tls, &local_targets);
     if let Some(exe) = input.old_modules.exe() {
-        invariants::no_old_program((exe.start, exe.end), booted, &state.out, &written)?;
+        let returns_to = |a| invariants::after_call(input.old, a);
+        invariants::no_old_program((exe.start, exe.end), booted, &state.out, &written, returns_to)?;
     }
     invariants::moved_set_is_closed(patch, &state.out, &written)?;
     // Old's chunks were walked when they were read, and nothing was written over their headers; malloc's

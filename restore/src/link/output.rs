@@ -43,6 +43,12 @@ pub enum KernelCall {
         /// Period in microseconds.
         interval_us: u64,
     },
+    /// `timer_create(2)` with a given id, in place of a timer that may be there, and `timer_settime(2)` with the
+    /// time that was left.
+    PosixTimer {
+        /// As in old: clock, id, notification, times. `sigval` and `notify_tid` are the new version's.
+        timer: proto::PosixTimer,
+    },
 }
 
 /// General registers of a thread.

@@ -132,7 +132,7 @@ pub(super) fn handlers(leader: &mut Remote, p: &proto::Process) -> Result<(), Re
 }
 
 /// Limits, last of all that can run into them.
-pub(super) fn limits(leader: &mut Remote, p: &proto::Process) -> Result<(), RebuildError> {
+pub(crate) fn limits<I: Inject>(leader: &mut I, p: &proto::Process) -> Result<(), RebuildError> {
     let mut batch = Batch::new(leader)?;
     for l in &p.rlimits {
         let at = batch.data(&[l.soft.to_le_bytes(), l.hard.to_le_bytes()].concat());

@@ -6,10 +6,11 @@ use super::UpdateError;
 use super::make::Files;
 use crate::boot::Host;
 use crate::fds::{Install, install_fds, move_fds};
-use crate::link::{BootEpoll, Booted};
+use crate::link::{BootEpoll, Booted, KernelCall, WriteList};
 use crate::rebuild::Inject;
+use crate::signals;
 use mcr_image::proto::fd::Object;
-use mcr_image::{Addr, Fd, ModuleMap, proto};
+use mcr_image::{Addr, Fd, ModuleMap, Pid, Tid, proto};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
@@ -177,6 +178,136 @@ pub(super) fn carry_handlers(
             .map_err(failed(format!("rt_sigaction of {}", signal(a.signo))))?;
     }
     Ok(findings)
+}
+
+/// Working directory, umask and limits are state like any other: old's stay.
+pub(super) fn carry_surroundings(host: &mut Host, old: &proto::Process) -> Result<(), UpdateError> {
+    let cwd = std::fs::read_link(format!("/proc/{}/cwd", host.pid()));
+    let mut leader = host.leader_calls();
+    if !cwd.is_ok_and(|c| c.as_os_str().as_encoded_bytes() == old.cwd.as_bytes()) {
+        let path = [old.cwd.as_bytes(), &[0]].concat();
+        leader
+            .call_with(libc::SYS_chdir, &[None], &path)
+            .map_err(failed(format!("chdir to the old working directory {}", old.cwd)))?;
+    }
+    leader.call(libc::SYS_umask, &[u64::from(old.umask)]).map_err(failed("umask"))?;
+    if old.child_subreaper {
+        leader
+            .call(libc::SYS_prctl, &[libc::PR_SET_CHILD_SUBREAPER as u64, 1, 0, 0, 0])
+            .map_err(failed("prctl PR_SET_CHILD_SUBREAPER"))?;
+    }
+    Ok(crate::rebuild::process::limits(&mut leader, old)?)
+}
+
+/// Old's signal stacks, which its state may point at, wherever their memory stays; elsewhere (in variables of the
+/// program, on stacks) the new version's own are right.
+pub(super) fn carry_signal_stacks(
+    host: &mut Host,
+    old: &proto::Process,
+    booted: &Booted,
+) -> Result<(), UpdateError> {
+    for t in &old.threads {
+        let Some(new) = booted.thread_for(Tid(t.tid as i32)) else {
+            continue;
+        };
+        let Some(a) = t.altstack.filter(|a| a.size != 0 && *a != new.altstack) else {
+            continue;
+        };
+        if !booted.is_retained(Addr(a.sp)) || !booted.is_retained(Addr(a.sp + a.size - 1)) {
+            continue;
+        }
+        // stack_t: address, flags (without SS_ONSTACK), size.
+        let bytes: Vec<u8> =
+            [a.sp, u64::from(a.flags & !1), a.size].iter().flat_map(|w| w.to_le_bytes()).collect();
+        host.thread_calls(new.tid)
+            .call_with(libc::SYS_sigaltstack, &[None, Some(0)], &bytes)
+            .map_err(failed(format!("sigaltstack of thread {}", new.tid)))?;
+    }
+    Ok(())
+}
+
+/// Whether a thread has old's credentials already: a start-up that gives up privileges does so for itself.
+pub(super) fn has_credentials(pid: Pid, tid: Tid, old: &proto::Process) -> bool {
+    let Some(c) = &old.creds else { return true };
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    let field = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)).unwrap_or_default();
+    let ids = |key: &str| field(key).split_whitespace().filter_map(|w| w.parse().ok()).collect::<Vec<u32>>();
+    let set = |key: &str| u64::from_str_radix(field(key).trim(), 16).ok();
+    let sorted = |mut v: Vec<u32>| {
+        v.sort_unstable();
+        v
+    };
+    ids("Uid:") == [c.ruid, c.euid, c.suid, c.fsuid]
+        && ids("Gid:") == [c.rgid, c.egid, c.sgid, c.fsgid]
+        && sorted(ids("Groups:")) == sorted(c.groups.clone())
+        && set("CapInh:") == Some(c.cap_inh)
+        && set("CapPrm:") == Some(c.cap_prm)
+        && set("CapEff:") == Some(c.cap_eff)
+        && set("CapBnd:") == Some(c.cap_bnd)
+        && set("CapAmb:") == Some(c.cap_amb)
+        && ids("NoNewPrivs:") == [u32::from(old.no_new_privs)]
+}
+
+/// Signals that were pending in the old process are pending in the new one. The values of timers' signals are
+/// the new version's.
+pub(super) fn carry_signals(
+    host: &mut Host,
+    old: &proto::Process,
+    booted: &Booted,
+    list: &WriteList,
+) -> Result<Vec<proto::Finding>, UpdateError> {
+    let mut findings = Vec::new();
+    let pid = host.pid().0 as u64;
+    let mut send = |to: Option<Tid>, info: &[u8]| {
+        let mut info = info.to_vec();
+        translate_value(&mut info, list);
+        let signo = signals::number(&info);
+        let (call, nr, args) = match to {
+            None => {
+                let args = vec![Some(pid), Some(signo), None];
+                ("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, args)
+            }
+            Some(tid) => {
+                let args = vec![Some(pid), Some(tid.0 as u64), Some(signo), None];
+                ("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, args)
+            }
+        };
+        let what = format!("{call} of the pending {}", signal(signo as u32));
+        host.leader_calls().call_with(nr, &args, &info).map(drop).map_err(failed(what))
+    };
+    for s in &old.shared_pending {
+        send(None, &s.siginfo)?;
+    }
+    for t in &old.threads {
+        match booted.thread_for(Tid(t.tid as i32)) {
+            Some(new) => {
+                for s in &t.pending {
+                    send(Some(new.tid), &s.siginfo)?;
+                }
+            }
+            None if t.pending.is_empty() => {}
+            None => findings.push(proto::Finding {
+                severity: proto::Severity::Warning.into(),
+                code: "signal-pending".into(),
+                message: format!("thread {}: {} pending signals are dropped with it", t.tid, t.pending.len()),
+                ..Default::default()
+            }),
+        }
+    }
+    Ok(findings)
+}
+
+fn translate_value(info: &mut [u8], list: &WriteList) {
+    let Some(id) = signals::timer_of(info) else {
+        return;
+    };
+    let timer = list.calls.iter().find_map(|c| match c {
+        KernelCall::PosixTimer { timer } if timer.id == id => Some(timer),
+        _ => None,
+    });
+    if let Some(t) = timer {
+        signals::set_value(info, t.sigval);
+    }
 }
 
 fn signal(n: u32) -> String {

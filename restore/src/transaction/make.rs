@@ -147,7 +147,12 @@ pub(super) fn lay(
     list: &WriteList,
 ) -> Result<Vec<proto::Finding>, UpdateError> {
     apply::apply(host, list, cfg!(debug_assertions))?;
-    hand::carry_handlers(host, old.process, old.modules, &outcome.modules, &outcome.booted)
+    let mut findings =
+        hand::carry_handlers(host, old.process, old.modules, &outcome.modules, &outcome.booted)?;
+    hand::carry_surroundings(host, old.process)?;
+    hand::carry_signal_stacks(host, old.process, &outcome.booted)?;
+    findings.extend(hand::carry_signals(host, old.process, &outcome.booted, list)?);
+    Ok(findings)
 }
 
 pub(super) fn tids(outcome: &BootOutcome) -> Vec<Tid> {

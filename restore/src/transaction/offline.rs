@@ -48,6 +48,9 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     let host = guard.host()?;
     for t in outcome.booted.threads.iter().rev() {
+        if hand::has_credentials(child, t.tid, process) {
+            continue;
+        }
         rebuild::process::credentials(&mut host.thread_calls(t.tid), process, t.tid.0 == child.0)?;
     }
     findings.extend(handed.findings.clone());

@@ -9,6 +9,10 @@ mod keeping;
 mod programs;
 mod snapshot;
 mod synthetic;
+mod world;
+
+#[path = "../support/mod.rs"]
+mod support;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
@@ -22,6 +26,7 @@ fn main() -> ExitCode {
     trials.extend(keeping::trials());
     trials.extend(synthetic::trials());
     trials.extend(programs::trials());
+    trials.extend(world::trials());
     let mut arguments = Arguments::from_args();
     // ptrace belongs to a thread, and pids are reused: one after the other.
     arguments.test_threads = Some(1);

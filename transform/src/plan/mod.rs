@@ -161,6 +161,7 @@ pub(crate) fn plan_with_findings(
     let t = Instant::now();
     let rest = words::opaque(&mut w, &fixer, &tracer, &done, &reach);
     words::epoll(&mut w, &fixer);
+    words::timers(&mut w, &fixer);
     w.phase("scan", t);
 
     let t = Instant::now();

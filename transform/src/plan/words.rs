@@ -285,6 +285,32 @@ pub(super) fn epoll(w: &mut Work<'_>, fixer: &Fixer<'_>) {
     }
 }
 
+/// The words that POSIX timers send along.
+pub(super) fn timers(w: &mut Work<'_>, fixer: &Fixer<'_>) {
+    for t in &w.old.process.posix_timers {
+        let mut data = proto::TimerData { id: t.id, old_sigval: t.sigval, new_sigval: t.sigval, reloc: None };
+        match fixer.word(t.sigval, None) {
+            NewWord::Same => continue,
+            NewWord::Value(n) => data.new_sigval = n,
+            NewWord::Reloc(target, symbol) => {
+                data.reloc =
+                    Some(proto::Reloc { place: None, target: Some(target), symbol, conservative: true });
+            }
+            NewWord::Lost(code, why) => {
+                w.findings.refuse(
+                    code,
+                    format!("the value of POSIX timer {} ({:#x}) cannot be carried: {why}", t.id, t.sigval),
+                    format!("POSIX timer {}", t.id),
+                    "nothing can be done about it but an update at another moment",
+                    t.sigval,
+                );
+                continue;
+            }
+        }
+        w.patch.timers.push(data);
+    }
+}
+
 /// Writes, the new region, the records about objects.
 pub(super) fn finish(
     w: &mut Work<'_>,

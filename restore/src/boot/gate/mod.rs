@@ -5,6 +5,7 @@ mod files;
 mod memory;
 mod process;
 mod sockets;
+pub(in crate::boot) mod timers;
 
 use super::error::{BootError, Result};
 use super::fdplan::{FdPlan, Kind};
@@ -74,6 +75,8 @@ pub(super) enum After {
     Closed { fd: i32 },
     /// The name of a socket whose bind was not executed: addresses of the result and of its length.
     SockName { old: i32, addr: Addr, len: Addr },
+    /// A word of the arguments was changed for the call.
+    PutBack { at: Addr, word: u32 },
     /// A pid file was replaced by memory.
     PidFile { path: PathBuf },
 }
@@ -90,6 +93,10 @@ pub(super) struct Gate<'a> {
     output: Vec<u8>,
     /// Pid files that were redirected, with the descriptor that has the new content.
     pub pid_files: Vec<(PathBuf, i32)>,
+    /// POSIX timers that the start-up made.
+    pub timers: Vec<crate::link::BootTimer>,
+    /// Interval timers that it set and old does not use.
+    pub new_itimers: Vec<u32>,
     /// Where the next mapping goes.
     pub area: Addr,
     /// Mappings changed since the last look.
@@ -117,6 +124,8 @@ impl<'a> Gate<'a> {
             findings: loaded.findings.clone(),
             output: Vec::new(),
             pid_files: Vec::new(),
+            timers: Vec::new(),
+            new_itimers: Vec::new(),
             area: loaded.area,
             maps_changed: true,
         }
@@ -151,6 +160,9 @@ impl<'a> Gate<'a> {
             return Ok(d);
         }
         if let Some(d) = self.socket_entry(host, call, name)? {
+            return Ok(d);
+        }
+        if let Some(d) = self.timer_entry(host, call, name)? {
             return Ok(d);
         }
         Ok(self.process_entry(host, call, name)?.unwrap_or(Decision::Run))
@@ -222,6 +234,10 @@ impl<'a> Gate<'a> {
                 Ok(Some(to))
             }
             After::Pid if result == i64::from(host.pid.0) => Ok(self.spec.pid.map(|p| p.0.into())),
+            After::PutBack { at, word } => {
+                host.mem.write(*at, &word.to_le_bytes())?;
+                Ok(None)
+            }
             After::Closed { fd } => {
                 self.fds.forget(*fd);
                 Ok(None)
