@@ -99,6 +99,8 @@ pub struct DumpReport {
     pub left_running: bool,
     /// How long the process stood still; for a process that ended: until it ended.
     pub frozen_us: u64,
+    /// Whether the engine ran at real-time priority meanwhile.
+    pub real_time: bool,
     /// What was done when.
     pub phases: Vec<Phase>,
     /// Length of the image.
@@ -117,7 +119,10 @@ struct Clock {
 
 impl Clock {
     fn lap(&mut self, name: &str, frozen: bool) {
-        let now = Instant::now();
+        self.lap_until(name, frozen, Instant::now());
+    }
+
+    fn lap_until(&mut self, name: &str, frozen: bool, now: Instant) {
         self.phases.push(Phase {
             name: name.to_owned(),
             start_us: (self.last - self.origin).as_micros() as u64,
@@ -141,10 +146,11 @@ pub fn dump(
     // A file that cannot be written is found before anything stands still.
     let mut writer = ImageWriter::create(output)?;
     modules::preload(pid);
-    clock.lap("prepare", false);
 
     let mut frozen = Frozen::seize(pid, &FreezeOptions { timeout: options.timeout })?;
     let stands_since = frozen.since();
+    let real_time = frozen.is_real_time();
+    clock.lap_until("prepare", false, stands_since);
     clock.lap("freeze", true);
     let states = frozen.quiesce(&QuiesceOptions { timeout: options.timeout })?;
     clock.lap("quiesce", true);
@@ -206,6 +212,7 @@ pub fn dump(
         image_id,
         left_running: options.leave_running,
         frozen_us,
+        real_time,
         phases: clock.phases,
         image_bytes: written.file_bytes,
         pages: written.pages,

@@ -1,5 +1,6 @@
 //! Freezing: every thread of a process in a ptrace event stop, and all of them let go again, whatever happens.
 
+use crate::collect::Known;
 use crate::sys::{self, RealTime};
 use crate::tracee::{CloneFlags, Site, Stop};
 use crate::{ProcessMemory, TraceError, Tracee, modules};
@@ -206,8 +207,11 @@ pub struct Frozen {
     pidfd: OwnedFd,
     threads: Vec<Tracee>,
     mem: Arc<ProcessMemory>,
-    modules: Option<Arc<ModuleMap>>,
+    /// With the mappings that they were read from.
+    modules: Option<(Arc<Vec<proto::Vma>>, Arc<ModuleMap>)>,
     vmas: Option<Arc<Vec<proto::Vma>>>,
+    /// Its mappings as they were before it was stopped.
+    known: Known,
     since: Instant,
     // Last: the threads are detached before the engine gives its priority back.
     real_time: Option<RealTime>,
@@ -233,6 +237,8 @@ impl Frozen {
             mem: Arc::new(mem),
             modules: None,
             vmas: None,
+            // A process whose map cannot be read now is refused when it is read again.
+            known: Known::read(pid).unwrap_or_default(),
             since: Instant::now(),
             real_time: Some(RealTime::enter()),
         };
@@ -382,19 +388,21 @@ impl Frozen {
         if let Some(v) = &self.vmas {
             return Ok(v.clone());
         }
-        let v = Arc::new(crate::collect::vmas(self.pid)?);
+        let v = Arc::new(self.known.map(self.pid)?);
         self.vmas = Some(v.clone());
         Ok(v)
     }
 
     /// Its ELF modules. Files that [`modules::preload`] has read before the freeze are not read again.
     pub fn modules(&mut self) -> std::io::Result<Arc<ModuleMap>> {
-        if let Some(m) = &self.modules {
+        let vmas = self.vmas()?;
+        if let Some((from, m)) = &self.modules
+            && (Arc::ptr_eq(from, &vmas) || *from == vmas)
+        {
             return Ok(m.clone());
         }
-        let vmas = self.vmas()?;
         let m = Arc::new(modules::load(self.pid, &vmas, self.mem.as_ref())?);
-        self.modules = Some(m.clone());
+        self.modules = Some((vmas, m.clone()));
         Ok(m)
     }
 
@@ -415,6 +423,13 @@ impl Frozen {
         let t = self.leader().fork(CloneFlags::Hidden)?;
         self.leader().put_back()?;
         Ok(t)
+    }
+
+    /// Whether the engine is at SCHED_FIFO while the process stands. Not permitted everywhere (CAP_SYS_NICE, or
+    /// RLIMIT_RTPRIO); without it letting go of many busy threads takes a hundred milliseconds and more.
+    #[must_use]
+    pub fn is_real_time(&self) -> bool {
+        self.real_time.as_ref().is_some_and(RealTime::is_on)
     }
 
     /// Gives up the real-time priority: when the process will not be let go soon.

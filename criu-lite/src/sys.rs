@@ -128,6 +128,11 @@ impl RealTime {
             Self { before: Some((policy, param)) }
         }
     }
+
+    /// Whether it was permitted.
+    pub(crate) fn is_on(&self) -> bool {
+        self.before.is_some()
+    }
 }
 
 impl Drop for RealTime {

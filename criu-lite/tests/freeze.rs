@@ -160,6 +160,43 @@ fn kill_engines(work: fn(Frozen)) {
     assert!(out.trim().starts_with("bad 0 "), "{out}");
 }
 
+/// The scheduling policy of the calling thread.
+fn policy() -> i32 {
+    // SAFETY: plain numbers; 0 is the calling thread.
+    unsafe { libc::sched_getscheduler(0) }
+}
+
+#[test]
+fn the_engine_is_above_all_others_just_as_long_as_threads_are_held() {
+    let p = Program::start(QUIET);
+    let before = policy();
+    for drop_it in [true, false] {
+        let f = seize(p.pid()).unwrap();
+        let during = policy() & !libc::SCHED_RESET_ON_FORK;
+        assert_eq!(f.is_real_time(), during == libc::SCHED_FIFO);
+        if drop_it {
+            drop(f);
+        } else {
+            f.thaw().unwrap();
+        }
+        assert_eq!(policy(), before);
+    }
+    let panicked = std::thread::spawn({
+        let pid = p.pid();
+        move || {
+            let _f = seize(pid).unwrap();
+            panic!("on purpose");
+        }
+    });
+    assert!(panicked.join().is_err());
+    // Let go all the same.
+    drop(seize(p.pid()).unwrap());
+    // Who is refused has not been raised.
+    assert!(seize(i32::MAX).is_err());
+    assert_eq!(policy(), before);
+    p.finish_ok();
+}
+
 const QUIET: &str = r#"
 #include <pthread.h>
 #include <stdio.h>

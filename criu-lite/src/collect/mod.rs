@@ -28,6 +28,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use file::sha_key;
+pub(crate) use vma::Known;
 pub use vma::map as vmas;
 
 /// Something that cannot be carried, by name.
@@ -324,10 +325,10 @@ fn descriptors(
     numbers.sort_unstable();
     raise_limit(numbers.len());
     let mut opened = Vec::with_capacity(numbers.len());
+    let failed = |number: u32, call| move |e| view.errno(&format!("descriptor {number}"), call)(e);
     for &number in &numbers {
-        let label = format!("descriptor {number}");
-        let dup = sys::pidfd_getfd(view.pidfd, number as i32).map_err(view.errno(&label, "pidfd_getfd"))?;
-        let stat = nix::sys::stat::fstat(&dup).map_err(view.errno(&label, "fstat"))?;
+        let dup = sys::pidfd_getfd(view.pidfd, number as i32).map_err(failed(number, "pidfd_getfd"))?;
+        let stat = nix::sys::stat::fstat(&dup).map_err(failed(number, "fstat"))?;
         opened.push((dup, stat));
     }
     let is_socket = |stat: &nix::sys::stat::FileStat| stat.st_mode & libc::S_IFMT == libc::S_IFSOCK;
@@ -341,7 +342,7 @@ fn descriptors(
         let (info, link) = if is_socket(&stat) {
             // What fdinfo and the link would say: two files of /proc less for each of thousands of connections.
             let flags = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETFL)
-                .map_err(view.errno(&format!("descriptor {number}"), "fcntl F_GETFL"))?;
+                .map_err(failed(number, "fcntl F_GETFL"))?;
             let close = if cloexec.next() == Some(true) { libc::O_CLOEXEC } else { 0 };
             let flags = (flags & !libc::O_CLOEXEC | close) as u32;
             (FdInfo { flags, ..FdInfo::default() }, format!("socket:[{}]", stat.st_ino).into_bytes())

@@ -114,7 +114,8 @@ pub(super) fn collect(
         peer: if state == LISTEN || state == CLOSE { Vec::new() } else { address(o, true) },
         backlog: if state == LISTEN { backlog } else { 0 },
         options: opts,
-        v6only: int_option(o.dup.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY).unwrap_or(0) != 0,
+        v6only: domain == libc::AF_INET6
+            && int_option(o.dup.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY).unwrap_or(0) != 0,
         ..Default::default()
     })
 }

@@ -245,10 +245,10 @@ impl Tracee {
                 (area.code.0, area.table().0, part.len() as u64, signal as u64);
             ptrace::set_regs(self.tid, &regs)?;
             if signal == 0 {
-                self.to_breakpoint()?;
+                self.run_to_breakpoint()?;
             } else {
                 ptrace::set_sigmask(self.tid, ALL_SIGNALS & !bit(signal))?;
-                self.to_signal(signal, area.code.add(done_offset()))?;
+                self.run_to_signal(signal, area.code.add(done_offset()))?;
                 ptrace::set_sigmask(self.tid, ALL_SIGNALS)?;
             }
             let back = self.mem.bytes(area.table(), part.len() * 64).map_err(self.mem_error())?;
@@ -266,7 +266,7 @@ impl Tracee {
         Ok(())
     }
 
-    fn to_breakpoint(&mut self) -> Result<(), TraceError> {
+    fn run_to_breakpoint(&mut self) -> Result<(), TraceError> {
         self.resume_raw(Resume::Cont, 0)?;
         loop {
             match self.wait(None)? {
@@ -278,7 +278,7 @@ impl Tracee {
     }
 
     /// Runs until the signal has come that the blob sends when it is done, and takes it.
-    fn to_signal(&mut self, signal: i32, done: Addr) -> Result<(), TraceError> {
+    fn run_to_signal(&mut self, signal: i32, done: Addr) -> Result<(), TraceError> {
         let mut pass = 0;
         loop {
             self.resume_raw(Resume::Cont, pass)?;

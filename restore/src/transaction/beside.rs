@@ -20,6 +20,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     clock.lap("read programs", false);
 
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
+    clock.lap_until("look", false, frozen.since());
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
     let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;

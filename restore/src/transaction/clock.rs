@@ -18,7 +18,10 @@ impl Clock {
         Self { origin: now, last: now, phases: Vec::new(), first: 0 }
     }
     pub(super) fn lap(&mut self, name: &str, frozen: bool) {
-        let now = Instant::now();
+        self.lap_until(name, frozen, Instant::now());
+    }
+    /// A phase that ended at `now`.
+    pub(super) fn lap_until(&mut self, name: &str, frozen: bool, now: Instant) {
         self.phases.push(proto::Phase {
             name: name.to_owned(),
             start_us: (self.last - self.origin).as_micros() as u64,

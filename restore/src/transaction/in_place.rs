@@ -98,6 +98,7 @@ fn change(
     }
     clock.lap("copy's memory", false);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
+    clock.lap_until("look", false, frozen.since());
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
     let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;

@@ -92,6 +92,7 @@ pub(super) fn rehearse(
     clock: &mut Clock,
 ) -> Result<Rehearsal, UpdateError> {
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
+    clock.lap_until("look", false, frozen.since());
     mcr_criu_lite::tracee::commit::sweep(&mut frozen)?;
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
