@@ -265,7 +265,7 @@ impl<'a> Builder<'a> {
     pub(super) fn old_context(&mut self, n: usize, state: &State<'_>) {
         let (at, top) = (self.layout.block(n) + OLD, self.layout.block(n) + FRAMES + self.layout.frame);
         let r = &state.regs;
-        let frame = SigFrame::below(self.address(top), r, &state.xstate, state.sigmask, self.base);
+        let frame = SigFrame::below(self.address(top), r, &state.xstate, state.sigmask, Addr(0));
         let off = frame.at.since(self.base);
         self.bytes[off as usize..][..frame.bytes.len()].copy_from_slice(&frame.bytes);
         let tail = stub::blob().len().next_multiple_of(16) as u64 + 16 * n as u64;
@@ -285,7 +285,7 @@ impl<'a> Builder<'a> {
     /// The new context of block `n`: a frame for its own stack, kept in the block until then.
     pub(super) fn new_context(&mut self, n: usize, state: &State<'_>) {
         let (at, slot) = (self.layout.block(n) + NEW, self.layout.block(n) + FRAMES + self.layout.frame);
-        let frame = SigFrame::new(&state.regs, &state.xstate, state.sigmask, self.base);
+        let frame = SigFrame::new(&state.regs, &state.xstate, state.sigmask, Addr(0));
         // The same offset within 64 bytes, which is what XSAVE state is aligned to.
         let off = slot + (frame.at.0.wrapping_sub(self.address(slot)) & 63);
         self.bytes[off as usize..][..frame.bytes.len()].copy_from_slice(&frame.bytes);
