@@ -179,6 +179,17 @@ impl Target {
         );
         plan.calls.push(Call::new(libc::SYS_mprotect, &[commit::result_of(1), 4096, 1]));
         plan.calls.push(Call::new(libc::SYS_close, &[9999]).ignore());
+        // A file is mapped; when this is undone, the descriptor has been closed already.
+        let path = plan.put(b"/proc/self/exe\0");
+        plan.calls.push(
+            Call::new(libc::SYS_openat, &[libc::AT_FDCWD as u64, path, 0])
+                .undo(libc::SYS_close, &[commit::result_of(0)]),
+        );
+        plan.calls.push(
+            Call::new(libc::SYS_mmap, &[0, 4096, 1, 2, commit::result_of(1), 0])
+                .undo(libc::SYS_munmap, &[commit::result_of(0), 4096]),
+        );
+        plan.calls.push(Call::new(libc::SYS_close, &[commit::result_of(2)]));
         plan.after.push(Call::new(libc::SYS_getpid, &[]));
         plan.after.push(Call::new(libc::SYS_close, &[9999]));
         plan
@@ -572,7 +583,7 @@ fn computing_threads_under_signals_do_not_notice_an_aborted_commit() {
         commit::sweep(&mut f).unwrap();
         let mut plan = CommitPlan::default();
         for t in f.threads() {
-            let becomes = Context { regs: t.regs().unwrap(), xstate: t.xstate().unwrap(), at_call: false };
+            let becomes = Context::read(t).unwrap();
             plan.threads.push(ThreadPlan { tid: t.tid(), becomes, ..ThreadPlan::default() });
         }
         let n = plan.threads.len();
@@ -601,9 +612,20 @@ fn computing_threads_under_signals_do_not_notice_an_aborted_commit() {
     assert!(taken > sent / 2 && taken <= sent, "{taken} of {sent} signals");
 }
 
-/// An engine of its own process that commits, or fails to, and sweeps. It dies before its `n`-th call on the
-/// target; 0: it does not.
-fn engine(t: &Target, n: u64, fails: bool) -> libc::pid_t {
+/// What an engine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// A commit.
+    Commit,
+    /// One that fails in the end.
+    Fail,
+    /// It arms and thinks better of it.
+    Drop,
+}
+
+/// An engine of its own process that commits and sweeps. It dies before its `n`-th call on the target; 0: it
+/// does not.
+fn engine(t: &Target, n: u64, way: Way) -> libc::pid_t {
     // SAFETY: the child calls nothing but our own code and ends by _exit; it takes no lock that another thread of
     // this test holds (allocation is safe after fork in glibc).
     let child = unsafe { libc::fork() };
@@ -615,11 +637,15 @@ fn engine(t: &Target, n: u64, fails: bool) -> libc::pid_t {
             let mut f = t.freeze();
             commit::sweep(&mut f).unwrap();
             let mut plan = t.plan(&mut f, 2);
-            if fails {
+            if way == Way::Fail {
                 plan.new_threads[1].calls.push(bad_call());
             }
-            let out = commit::stage(&mut f, &plan).unwrap().arm().unwrap().commit().unwrap();
-            assert_eq!(out.committed, !fails);
+            let armed = commit::stage(&mut f, &plan).unwrap().arm().unwrap();
+            if way == Way::Drop {
+                drop(armed);
+            } else {
+                assert_eq!(armed.commit().unwrap().committed, way == Way::Commit);
+            }
             drop(f);
             let mut f = t.freeze();
             commit::sweep(&mut f).unwrap();
@@ -658,15 +684,15 @@ fn judge(t: &mut Target, threads: usize, what: &str) -> bool {
 fn an_engine_killed_before_each_of_its_calls_leaves_old_or_new() {
     // The first call after which the process is new: before that a plan that fails makes no difference.
     let mut turn = 0u64;
-    for fails in [false, true] {
+    for way in [Way::Commit, Way::Fail, Way::Drop] {
         let threads = 3;
         let mut t = Target::start_with(threads, 1, FEW);
         let (mut old, mut new, mut whole) = (0, 0, 0);
-        let mut n = if fails { turn - 20 } else { 0 };
+        let mut n = if way == Way::Commit { 0 } else { turn - 20 };
         // How often a wait looks differs from run to run: the last calls come at several numbers.
         while whole < 12 {
             n += 1;
-            let status = reap(engine(&t, n, fails));
+            let status = reap(engine(&t, n, way));
             let done = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
             assert!(done || libc::WIFSIGNALED(status), "engine {n}: status {status:#x}");
             let is_new = judge(&mut t, threads, &format!("killed before call {n}"));
@@ -674,11 +700,11 @@ fn an_engine_killed_before_each_of_its_calls_leaves_old_or_new() {
             if is_new && turn == 0 {
                 turn = n;
             }
-            assert!(!done || is_new != fails);
+            assert!(!done || is_new == (way == Way::Commit));
             whole += u32::from(done);
         }
-        println!("killed before each call, failing {fails}: {old} old, {new} new");
-        assert!(old > 20 && (new > 5 || fails));
+        println!("killed before each call, {way:?}: {old} old, {new} new");
+        assert!(old > 20 && (new > 5) == (way == Way::Commit));
         let mut f = t.freeze();
         commit::sweep(&mut f).unwrap();
         assert!(!f.memory().maps().unwrap().iter().any(|m| m.name.starts_with(b"/memfd:")));
@@ -691,19 +717,19 @@ fn an_engine_killed_before_each_of_its_calls_leaves_old_or_new() {
 #[test]
 fn an_engine_killed_at_any_instant_leaves_old_or_new() {
     let rounds = std::env::var("MCR_COMMIT_ROUNDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60u64);
-    let threads = 8;
+    let threads = std::env::var("MCR_COMMIT_THREADS").ok().and_then(|s| s.parse().ok()).unwrap_or(8);
     let mut t = Target::start_with(threads, 1, FEW);
     // How long an engine takes, to spread the instants.
     let begin = Instant::now();
-    assert_eq!(reap(engine(&t, 0, true)), 0);
+    assert_eq!(reap(engine(&t, 0, Way::Fail)), 0);
     let whole = begin.elapsed().as_nanos() as u64 * 3 / 2;
     assert!(!judge(&mut t, threads, "undisturbed"));
     let (mut old, mut new) = (0, 0);
     for n in 0..rounds {
-        let fails = n % 4 == 3;
+        let way = [Way::Commit, Way::Fail, Way::Commit, Way::Drop][n as usize % 4];
         let at = Duration::from_nanos(n.wrapping_mul(0x9e37_79b9_7f4a_7c15) % whole);
         let begin = Instant::now();
-        let e = engine(&t, 0, fails);
+        let e = engine(&t, 0, way);
         while begin.elapsed() < at {
             std::hint::spin_loop();
         }
@@ -711,7 +737,7 @@ fn an_engine_killed_at_any_instant_leaves_old_or_new() {
         unsafe { libc::kill(e, libc::SIGKILL) };
         reap(e);
         let is_new = judge(&mut t, threads, &format!("round {n}, killed after {at:?}"));
-        assert!(!(is_new && fails));
+        assert!(!is_new || way == Way::Commit);
         *(if is_new { &mut new } else { &mut old }) += 1;
     }
     println!("killed at {rounds} instants: {old} old, {new} new");

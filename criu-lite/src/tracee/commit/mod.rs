@@ -42,6 +42,10 @@
 //! # What a plan must see to
 //! - rseq(2): while a thread is registered, the kernel writes to its structure at any time. Where the old one is
 //!   overwritten, unregister in `before` and register the new one in `calls`; unmap old memory in `after`.
+//! - A file is mapped by openat (undone by close), mmap with [`result_of`]`(1)` (undone by munmap) and close of
+//!   `result_of(2)`; that the undo closes a closed number is harmless, because nobody else runs.
+//! - After an abort the process runs; freeze it again and [`sweep`]. The same [`Frozen`](crate::Frozen) holds no
+//!   thread any more.
 //! - Calls must not block and must be reversible by their `undo`. munmap is not: it belongs into `after`.
 //! - Pages are made writable by the plan (mprotect in `calls`, with its undo).
 //! - MADV_POPULATE_WRITE is Linux 5.14.

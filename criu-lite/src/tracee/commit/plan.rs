@@ -1,5 +1,6 @@
 //! What a commit does: the types that its caller fills in.
 
+use crate::{TraceError, Tracee, blocked_call};
 use mcr_image::{Addr, Regs, Tid};
 
 /// Upper half of an argument that is an offset into [`CommitPlan::data`].
@@ -96,6 +97,14 @@ pub struct Context {
     /// `rip` is on a `syscall` instruction: a signal that comes while the commit runs ends the call with EINTR
     /// where the kernel would have done so.
     pub at_call: bool,
+}
+
+impl Context {
+    /// What a stopped thread would go on with, of this process or of another one in the same address space.
+    pub fn read(t: &Tracee) -> Result<Self, TraceError> {
+        let regs = t.regs()?;
+        Ok(Self { regs, xstate: t.xstate()?, at_call: blocked_call(&regs, t.memory()).is_some() })
+    }
 }
 
 /// What one thread becomes.
