@@ -36,6 +36,8 @@ enum Verb {
     Inspect(InspectArgs),
     /// Show each thread's stack, its blocking call, and whether it is quiescent
     Quiesce(QuiesceArgs),
+    /// Show which updates a process has been through
+    History(HistoryArgs),
     /// What this kernel and these privileges allow; with a pid, whether that process can be handled
     Check(CheckArgs),
     /// Update the bundled server twice, with connections open, and show it
@@ -145,6 +147,19 @@ pub struct UpdateArgs {
     /// Write all phases in microseconds to this file, as JSON
     #[arg(long)]
     pub stats: Option<PathBuf>,
+    /// Write the phases to this file for Chrome's trace viewer (chrome://tracing, ui.perfetto.dev)
+    #[arg(long)]
+    pub trace: Option<PathBuf>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `mcr history`.
+#[derive(Args)]
+pub struct HistoryArgs {
+    /// Process
+    pub pid: i32,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -257,6 +272,7 @@ impl Cli {
             Verb::Transform(a) => crate::transform::run(a),
             Verb::Update(a) => crate::update::run(a),
             Verb::Plan(a) => crate::plan::run(a),
+            Verb::History(a) => crate::history::run(a),
             Verb::Quiesce(a) => crate::quiesce::run(a),
             Verb::Inspect(a) => crate::inspect::run(a),
             Verb::Restore(a) => crate::restore::run(a),

@@ -1,6 +1,6 @@
 //! `mcr`: live update and checkpoint/restore for running Linux servers.
 //!
-//! One file a verb; `cli` is the table of flags; `render` and `report` are the two ways to speak: for people
+//! One file a verb; `cli` is the table of flags; `report` holds the two ways to speak: for people
 //! and, with `--json`, for programs.
 
 mod check;
@@ -8,6 +8,7 @@ mod cli;
 mod demo;
 mod dump;
 mod exit;
+mod history;
 mod inspect;
 mod keeper;
 mod plan;

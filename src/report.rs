@@ -34,6 +34,28 @@ pub fn stats<T: Serialize>(command: &str, path: Option<&Path>, body: &T) -> Outc
         .map_err(|e| crate::exit::Failure::refused(format!("--stats {}: {e}", path.display())))
 }
 
+/// The phases as events of Chrome's trace format, for `--trace`.
+pub fn trace(path: Option<&Path>, pid: i32, phases: &[Phase]) -> Outcome {
+    #[derive(Serialize)]
+    struct Event {
+        name: String,
+        cat: &'static str,
+        ph: &'static str,
+        ts: u64,
+        dur: u64,
+        pid: i32,
+        tid: i32,
+    }
+    let Some(path) = path else { return Ok(()) };
+    let event = |p: &'_ Phase| {
+        let cat = if p.frozen { "stopped" } else { "serving" };
+        Event { name: p.name.clone(), cat, ph: "X", ts: p.start_us, dur: p.duration_us, pid, tid: pid }
+    };
+    let events: Vec<Event> = phases.iter().map(event).collect();
+    std::fs::write(path, serde_json::to_string(&events)? + "\n")
+        .map_err(|e| crate::exit::Failure::refused(format!("--trace {}: {e}", path.display())))
+}
+
 /// Rows in aligned columns.
 pub struct Table {
     rows: Vec<Vec<String>>,

@@ -51,8 +51,26 @@ impl Body {
     /// Waterfall, findings, and the pid on standard output.
     pub fn print(&self, title: &str) {
         report::waterfall(title, &self.phases);
+        if self.rehearsal_us > 0 && !self.dry_run {
+            eprintln!(
+                "  pause {} ms; before it {} ms while the copy was made",
+                ms(self.frozen_us),
+                ms(self.rehearsal_us)
+            );
+        }
         report::findings(&self.findings);
     }
+
+    /// What the pause would take, from what the same phases took on the copy.
+    fn expected_us(&self) -> u64 {
+        let same = ["freeze", "collect", "plan", "link"];
+        let is_same = |p: &&Phase| p.name.strip_prefix("rehearsal: ").is_some_and(|n| same.contains(&n));
+        self.phases.iter().filter(is_same).map(|p| p.duration_us).sum()
+    }
+}
+
+fn ms(us: u64) -> String {
+    format!("{:.3}", us as f64 / 1000.0)
 }
 
 /// Flags to the library's options.
@@ -92,12 +110,18 @@ pub fn run(a: &UpdateArgs) -> Outcome {
         .map_err(|e| failure(&e, &format!("process {} was not changed and goes on", a.pid)))?;
     let body = Body::new(done);
     report::stats("update", a.stats.as_deref(), &body)?;
+    report::trace(a.trace.as_deref(), a.pid, &body.phases)?;
     if a.json {
         return report::json("update", &body);
     }
     if a.dry_run {
         body.print("dry run");
-        println!("{}: can be updated to {}; nothing was changed", a.pid, a.to.display());
+        println!(
+            "{}: can be updated to {}, with a pause of about {} ms; nothing was changed",
+            a.pid,
+            a.to.display(),
+            ms(body.expected_us())
+        );
     } else {
         body.print("update");
         println!("{}", body.pid());

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod house;
+mod in_place;
 mod kv_update;
 mod redis_update;
 mod restore_plain;
@@ -45,6 +46,7 @@ fn main() {
     cases.extend(house::cases());
     cases.extend(restore_plain::cases());
     cases.extend(kv_update::cases());
+    cases.extend(in_place::cases());
     cases.extend(bad_input::cases());
     cases.extend(redis_update::cases(args.list));
     // SAFETY: geteuid(2) cannot fail.

@@ -7,6 +7,7 @@
 //! at all.
 
 mod kernel;
+pub mod leftovers;
 mod memory;
 mod program;
 mod timers;
@@ -55,6 +56,8 @@ pub struct Input<'a> {
     pub host_memory: &'a dyn Memory,
     /// What link wants.
     pub list: &'a WriteList,
+    /// Memory that nothing points into any more.
+    pub unreferenced: &'a [Span],
     /// Signal actions that the new version will have.
     pub actions: &'a [proto::SigAction],
 }
@@ -133,7 +136,7 @@ pub fn plan(input: &Input<'_>) -> Result<InPlace, PlanError> {
     };
     let fated: Vec<_> = input.old.vmas.iter().zip(input.fates.iter().copied()).collect();
     let old_pid = Pid(input.old.pid as i32);
-    let memory = memory::plan(&Sides {
+    let mut memory = memory::plan(&Sides {
         old: &fated,
         old_memory: input.old_memory,
         old_pages: &|s| pages(old_pid, s),
@@ -144,6 +147,7 @@ pub fn plan(input: &Input<'_>) -> Result<InPlace, PlanError> {
         list: input.list,
     })?;
 
+    memory.gone.extend(leftovers::present(input.unreferenced, &input.old.vmas));
     let mut findings = Vec::new();
     let mut commit = CommitPlan::default();
     kernel::actions(input, &mut commit);

@@ -3,7 +3,7 @@
 use super::clock::Clock;
 use super::make::{Files, Guard, Old, lay, make, rewrite_pid_files, tids};
 use super::programs::{Programs, old_program};
-use super::{UpdateError, UpdateOptions, UpdateReport, hand, report};
+use super::{History, UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
 use crate::boot::Host;
 use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen};
 use mcr_image::{Pid, proto};
@@ -19,6 +19,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     let programs = Programs::read(new, &program, options)?;
     clock.lap("read programs", false);
 
+    let history = History::load(pid);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     clock.lap_until("look", false, frozen.since());
     let states = frozen.quiesce(&options.quiesce())?;
@@ -74,5 +75,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     }
     findings.extend(rewrite_pid_files(&outcome, pid, child));
     clock.lap("clean up", false);
+    let entry = entry(&patch, &clock, false);
+    findings.extend(history.record(child, entry, &[]).err().map(not_recorded));
     Ok(report(child, pid, false, clock, &outcome, list, patch, findings))
 }

@@ -5,10 +5,11 @@ use super::clock::Clock;
 use super::make::{Files, Old, join};
 use super::programs::{Programs, old_program};
 use super::rehearse::{Rehearsal, rehearse};
-use super::{UpdateError, UpdateOptions, UpdateReport, hand, report};
+use super::{UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
 use crate::boot::fates;
 use crate::fds::{InTracee, Install, install_fds, take_copies};
 use crate::inplace::{self, InPlace, Input, Laid, PlanError, Stale, refreshed};
+use crate::link::Span;
 use mcr_criu_lite::tracee::commit;
 use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen};
 use mcr_image::{Blocks, ElfFile, Fd, Memory, Pid, proto};
@@ -29,6 +30,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     clock.lap("read programs", false);
     let mut last = None;
     for _ in 0..REHEARSALS {
+        clock.rehearsal_begins();
         let mut rehearsal = rehearse(pid, &program, &programs, options, &mut clock)?;
         clock.pause_begins();
         if options.dry_run {
@@ -38,10 +40,13 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
         match change(pid, &program, &programs, options, &mut rehearsal, &mut clock) {
             Err(UpdateError::Stale(s)) => last = Some(s),
             Err(e) => return Err(e),
-            Ok(Changed { list, patch, findings }) => {
-                let Rehearsal { guard, outcome, .. } = rehearsal;
+            Ok(Changed { list, patch, mut findings, constants }) => {
+                let Rehearsal { guard, outcome, history, unreferenced, .. } = rehearsal;
                 drop(guard);
                 clock.lap("clean up", false);
+                let native = inplace::leftovers::native(&outcome);
+                let entry = entry(&patch, &clock, true).leaving(&native, &constants);
+                findings.extend(history.record(pid, entry, &unreferenced).err().map(not_recorded));
                 return Ok(report(pid, pid, false, clock, &outcome, list, patch, findings));
             }
         }
@@ -53,6 +58,7 @@ struct Changed {
     list: crate::link::WriteList,
     patch: proto::Patch,
     findings: Vec<proto::Finding>,
+    constants: Vec<Span>,
 }
 
 /// The threads rest where they did.
@@ -139,6 +145,7 @@ fn change(
         host: host.pid(),
         host_memory: &host_memory,
         list: &list,
+        unreferenced: &rehearsal.unreferenced,
         actions: &actions,
     })
     .map_err(|e| match e {
@@ -172,7 +179,8 @@ fn change(
         return Err(UpdateError::TakenBack { pid, why: f.to_string() });
     }
     findings.extend(afterwards(&plan, &done, exe_call));
-    Ok(Changed { list, patch, findings })
+    let constants = inplace::leftovers::constants(process, &fates);
+    Ok(Changed { list, patch, findings, constants })
 }
 
 /// Descriptors that only the new version has, handed to the old process.

@@ -5,6 +5,7 @@ mod beside;
 mod clock;
 mod error;
 mod hand;
+mod history;
 mod in_place;
 mod make;
 mod offline;
@@ -12,6 +13,7 @@ mod programs;
 mod rehearse;
 
 pub use error::UpdateError;
+pub use history::{Entry, History};
 pub use offline::restore_update;
 
 use crate::boot::BootOutcome;
@@ -105,6 +107,30 @@ pub fn plan(pid: Pid, new: &Path, options: &mcr_transform::Options) -> Result<pr
     let patch = mcr_transform::plan_process(&collected.process, &*memory, &collected.modules, new, options)?;
     frozen.thaw()?;
     Ok(patch)
+}
+
+/// What the history says of an update that has just been done.
+fn entry(patch: &proto::Patch, clock: &Clock, in_place: bool) -> Entry {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Entry {
+        unix_s: now.map_or(0, |d| d.as_secs()),
+        from: programs::hex(&patch.old_build_id),
+        to: programs::hex(&patch.new_build_id),
+        program: patch.new_path.clone(),
+        in_place,
+        frozen_us: clock.frozen_us(),
+        ..Entry::default()
+    }
+}
+
+fn not_recorded(e: std::io::Error) -> proto::Finding {
+    proto::Finding {
+        severity: proto::Severity::Warning.into(),
+        code: "history".into(),
+        message: format!("the update could not be recorded: {e}"),
+        next_step: "the next update cannot drop what this one left; make /run/mcr writable".into(),
+        ..Default::default()
+    }
 }
 
 #[allow(clippy::too_many_arguments)]

@@ -3,10 +3,10 @@
 use super::clock::Clock;
 use super::make::{Files, Guard, Old, join, start};
 use super::programs::Programs;
-use super::{UpdateError, UpdateOptions};
+use super::{History, UpdateError, UpdateOptions};
 use crate::boot::{BootOutcome, Fate, Host, fates};
-use crate::inplace::refreshed;
-use crate::link::WriteList;
+use crate::inplace::{leftovers, refreshed};
+use crate::link::{Span, WriteList};
 use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
 use std::collections::BTreeMap;
@@ -24,6 +24,10 @@ pub(super) struct Rehearsal {
     pub(super) list: WriteList,
     /// The old process at that time.
     pub(super) process: proto::Process,
+    /// What was done to it before.
+    pub(super) history: History,
+    /// Memory that earlier updates left and that nothing points into.
+    pub(super) unreferenced: Vec<Span>,
 }
 
 /// The old process's memory as it was when the copy was made: the boot takes some of it out of the copy, so
@@ -120,6 +124,8 @@ pub(super) fn rehearse(
     let fates = fates(&process.vmas, &process, &modules, host.memory());
     let memory = AsCopied::new(&process, &fates, child)?;
     let memory = Blocks::new(&memory);
+    let history = History::load(pid);
+    let unreferenced = unreferenced(&history, &process, &memory, child)?;
     let patch = programs.plan(&process, &memory, &modules, options)?;
     clock.lap("plan", false);
     let none = Files::new();
@@ -131,5 +137,32 @@ pub(super) fn rehearse(
     let view = Blocks::new(host.memory());
     let list = join(&view, &booted, &outcome.modules, &old, heap.as_ref(), programs)?;
     clock.lap("link", false);
-    Ok(Rehearsal { guard, outcome, patch, list, process })
+    Ok(Rehearsal { guard, outcome, patch, list, process, history, unreferenced })
+}
+
+/// What earlier updates left and nothing points into: looked for in everything that the process has.
+fn unreferenced(
+    history: &History,
+    process: &proto::Process,
+    memory: &dyn Memory,
+    copy: Pid,
+) -> Result<Vec<Span>, UpdateError> {
+    let candidates = leftovers::present(&history.leftovers(), &process.vmas);
+    if candidates.is_empty() {
+        return Ok(candidates);
+    }
+    let mut pages = Vec::new();
+    for v in process.vmas.iter().filter(|v| v.prot & 1 != 0 && !v.name.starts_with("[v")) {
+        let shared = matches!(v.kind(), proto::VmaKind::VmaAnonShared | proto::VmaKind::VmaFileShared);
+        if shared {
+            pages.push(Span::new(Addr(v.start), Addr(v.end)));
+            continue;
+        }
+        let own = mcr_criu_lite::own_pages(copy, Addr(v.start), Addr(v.end))
+            .map_err(|source| UpdateError::Memory { pid: copy, source })?;
+        pages.extend(own.into_iter().map(|(a, b)| Span::new(a, b)));
+    }
+    let registers: Vec<u64> = process.threads.iter().flat_map(|t| t.regs.iter().copied()).collect();
+    leftovers::unreferenced(&candidates, memory, &pages, &registers)
+        .map_err(|source| UpdateError::Copy { pid: copy, source })
 }
