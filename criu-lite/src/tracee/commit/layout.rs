@@ -89,7 +89,7 @@ impl Layout {
         let lists = up(blocks + threads * block);
         let own: usize = plan.threads.iter().map(|t| t.before.len() + t.calls.len()).sum();
         let new: usize = plan.new_threads.iter().map(|t| t.calls.len()).sum();
-        let calls = (plan.calls.len() + plan.after.len() + own + new + pages) as u64;
+        let calls = (plan.calls.len() + plan.after.len() + own + new + pages + 1) as u64;
         let bytes: u64 = writes.iter().map(|(_, b)| written(b)).sum();
         let data = (plan.data.len() as u64).next_multiple_of(8);
         let len = up(lists + data + calls * ENTRY + bytes).max(lists + PAGE);
@@ -163,8 +163,11 @@ impl<'a> Builder<'a> {
         writes: &[(u64, Cow<'_, [u8]>)],
     ) -> Result<Lists, String> {
         const MADV_POPULATE_WRITE: u64 = 23;
-        let populate: Vec<Call> = pages
+        // The lists first: one call is cheaper than a fault for each of their pages.
+        let (from, to) = (self.address(self.layout.lists), self.address(self.layout.len));
+        let populate: Vec<Call> = [(from, to)]
             .iter()
+            .chain(pages)
             .map(|&(a, b)| Call::new(libc::SYS_madvise, &[a, b - a, MADV_POPULATE_WRITE]))
             .collect();
         let mut lists = Lists {
