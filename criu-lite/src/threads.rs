@@ -2,8 +2,9 @@
 
 use crate::collect::Inside;
 use crate::quiesce::ThreadState;
+use crate::tracee::Blocked;
 use crate::{TraceError, sys};
-use mcr_image::{Memory, Tid, proto};
+use mcr_image::{Addr, Memory, Tid, proto};
 use nix::errno::Errno;
 
 /// prctl(2): where set_tid_address(2) points.
@@ -70,7 +71,7 @@ fn one(inside: &mut Inside<'_>, tid: Tid, state: Option<&ThreadState>) -> Result
             nr: c.nr,
             args: c.args.to_vec(),
             raw_result: c.raw_result,
-            remaining_ns: None,
+            remaining_ns: remaining(&c, mem.as_ref()),
         }),
         frames: state.map(|s| s.stack.to_proto()).unwrap_or_default(),
         sched_policy: policy,
@@ -78,4 +79,25 @@ fn one(inside: &mut Inside<'_>, tid: Tid, state: Option<&ThreadState>) -> Result
         nice: sys::nice(tid.0),
         cpu_affinity: sys::affinity(tid.0),
     })
+}
+
+/// What is left of a relative timeout where the interrupted call has written it into memory. poll, futex and sleeps
+/// without a place for the rest keep it in the kernel, where nobody can read it; epoll_wait, semtimedop,
+/// rt_sigtimedwait and sockets with a timeout keep it nowhere.
+fn remaining(c: &Blocked, mem: &dyn Memory) -> Option<u64> {
+    // Seconds, and parts of them.
+    let time = |at: u64, unit: u64| {
+        let (s, part) = (mem.u64(Addr(at)).ok()?, mem.u64(Addr(at.wrapping_add(8))).ok()?);
+        s.checked_mul(1_000_000_000)?.checked_add(part.checked_mul(unit)?)
+    };
+    let (at, unit) = match c.nr {
+        _ if c.raw_result == 0 => return None,
+        libc::SYS_nanosleep => (c.args[1], 1),
+        libc::SYS_clock_nanosleep if c.args[1] & libc::TIMER_ABSTIME as u64 == 0 => (c.args[3], 1),
+        libc::SYS_ppoll => (c.args[2], 1),
+        libc::SYS_pselect6 => (c.args[4], 1),
+        libc::SYS_select => (c.args[4], 1000),
+        _ => return None,
+    };
+    if at == 0 { None } else { time(at, unit) }
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::Program;
-use mcr_criu_lite::{Call, FreezeOptions, Frozen};
+use mcr_criu_lite::{Call, FreezeOptions, Frozen, QuiesceOptions};
 use mcr_image::Pid;
 use std::time::Duration;
 
@@ -215,4 +215,46 @@ fn calls_do_not_notice_a_copy_of_their_process() {
         let child = f.fork_host().unwrap();
         child.kill().unwrap();
     });
+}
+
+const SLEEPERS: &str = r#"
+#define _GNU_SOURCE
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+static const struct timespec T = { 1000, 0 };
+static void *sleeper(void *a) { struct timespec left; syscall(SYS_nanosleep, &T, &left); return a; }
+static void *blind(void *a) { syscall(SYS_nanosleep, &T, 0); return a; }
+static void *poller(void *a) { ppoll(0, 0, &T, 0); return a; }
+static void *(*const f[])(void *) = { sleeper, blind, poller };
+int main(void) { pthread_t t; for (int i = 0; i < 3; i++) pthread_create(&t, 0, f[i], 0);
+    puts("ready"); fflush(stdout); char b; return read(0, &b, 1) < 0; }
+"#;
+
+#[test]
+fn what_is_left_of_a_timeout_is_in_the_image_where_it_can_be_known() {
+    let p = Program::start(SLEEPERS);
+    let mut tids = mcr_criu_lite::tids(Pid(p.pid())).unwrap();
+    tids.sort_unstable();
+    let calls = [libc::SYS_read, libc::SYS_nanosleep, libc::SYS_nanosleep, libc::SYS_ppoll];
+    for (tid, nr) in tids.iter().zip(calls) {
+        p.wait_blocked(tid.0, nr);
+    }
+    let mut last = u64::MAX;
+    for _ in 0..3 {
+        let mut f = Frozen::seize(Pid(p.pid()), &FreezeOptions::default()).unwrap();
+        let states = f.quiesce(&QuiesceOptions::default()).unwrap();
+        let process = f.collect(&states).unwrap().process;
+        f.thaw().unwrap();
+        let left: Vec<_> =
+            process.threads.iter().map(|t| t.syscall.as_ref().and_then(|s| s.remaining_ns)).collect();
+        let [None, Some(sleep), None, Some(poll)] = left[..] else { panic!("{left:?}") };
+        assert!((1..=1_000_000_000_000).contains(&poll), "{poll}");
+        assert!(sleep > 0 && sleep < last.min(1_000_000_000_000), "{sleep} after {last}");
+        last = sleep;
+    }
+    p.finish_ok();
 }

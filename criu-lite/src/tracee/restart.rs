@@ -3,6 +3,18 @@
 //! What the kernel shows in rax of an interrupted call (include/linux/errno.h): −512 ERESTARTSYS, −513
 //! ERESTARTNOINTR, −514 ERESTARTNOHAND: executed again; −516 ERESTART_RESTARTBLOCK: restart_syscall(2) (219)
 //! with the remaining time kept in the kernel. epoll_wait and a few others return −EINTR on any interruption.
+//!
+//! What becomes of a timeout when a thread is stopped and let go (`tests/blocked.rs` holds this against the kernel):
+//!
+//! | call | timeout |
+//! |---|---|
+//! | poll, nanosleep, clock_nanosleep, futex (FUTEX_WAIT, and by a clock time FUTEX_WAIT_BITSET: condition variables) | runs on, to the nanosecond |
+//! | select, pselect6, ppoll | longer by the time that the thread stood: the kernel has written the rest into the caller's memory |
+//! | epoll_wait and its kin, semtimedop, rt_sigtimedwait, reads and accepts with SO_RCVTIMEO | begins anew; the kernel forgets how long they have waited |
+//!
+//! None of them gives a spurious EINTR. Impossible: a MSG_WAITALL that has received a part returns this part.
+//! If the engine dies while calls are injected, timeouts of the first row begin anew: rt_sigreturn(2) cancels
+//! them in the kernel. In a restored process all begin anew, but for those that the kernel had written to memory.
 
 use crate::ProcessMemory;
 use mcr_image::{Addr, Memory, Regs};
@@ -77,12 +89,13 @@ pub fn blocked_call(regs: &Regs, mem: &ProcessMemory) -> Option<Blocked> {
     let (orig, rax) = (regs.orig_rax as i64, regs.rax as i64);
     if orig >= 0 && interrupted(orig, rax) {
         let at = Addr(regs.rip.wrapping_sub(INSN));
-        let nr = if orig == libc::SYS_restart_syscall { original(mem, at, rax)? } else { orig };
+        let nr = if orig == libc::SYS_restart_syscall { original(mem, at, rax, regs.rsp)? } else { orig };
         return Some(Blocked { nr, args, raw_result: rax, at });
     }
     if orig < 0 && insn_at(regs.rip) && (0..1024).contains(&rax) {
         let at = Addr(regs.rip);
-        let nr = if rax == libc::SYS_restart_syscall { original(mem, at, RESTARTBLOCK)? } else { rax };
+        let nr =
+            if rax == libc::SYS_restart_syscall { original(mem, at, RESTARTBLOCK, regs.rsp)? } else { rax };
         return Some(Blocked { nr, args, raw_result: 0, at });
     }
     None
@@ -92,17 +105,36 @@ pub(super) fn interrupted(nr: i64, rax: i64) -> bool {
     matches!(rax, -512 | -513 | ERESTARTNOHAND | RESTARTBLOCK) || (rax == EINTR && EINTR_CALLS.contains(&nr))
 }
 
-/// The call behind restart_syscall, from the `mov $nr,%eax` before the instruction: the registers of the
-/// arguments are untouched but the number is overwritten by an earlier restart.
-fn original(mem: &ProcessMemory, at: Addr, rax: i64) -> Option<i64> {
+/// What libc's syscall(2) does before its instruction: the number goes from rdi to rax, the arguments move up.
+const WRAPPER: &[u8] = &[
+    0x48, 0x89, 0xf8, 0x48, 0x89, 0xf7, 0x48, 0x89, 0xd6, 0x48, 0x89, 0xca, 0x4d, 0x89, 0xc2, 0x4d, 0x89,
+    0xc8, 0x4c, 0x8b, 0x4c, 0x24, 0x08,
+];
+/// `mov $imm,%eax` and `mov $imm,%edi`.
+const MOV_EAX: u8 = 0xb8;
+const MOV_EDI: u8 = 0xbf;
+
+/// The call behind restart_syscall, from the code in front of the instruction: the registers of the arguments are
+/// untouched but the number is overwritten by an earlier restart.
+fn original(mem: &ProcessMemory, at: Addr, rax: i64, sp: u64) -> Option<i64> {
     if rax != RESTARTBLOCK && rax != EINTR && rax != ERESTARTNOHAND && rax != -512 {
         return None;
     }
+    let wrapped = mem.bytes(Addr(at.0.checked_sub(WRAPPER.len() as u64)?), WRAPPER.len()).ok()? == WRAPPER;
+    if wrapped {
+        // syscall(2) has not moved the stack pointer: its caller gave the number.
+        number_before(mem, Addr(mem.u64(Addr(sp)).ok()?), MOV_EDI)
+    } else {
+        number_before(mem, at, MOV_EAX)
+    }
+}
+
+/// The number of a call that has a restart block, in the `mov` of it that is nearest before an address.
+fn number_before(mem: &ProcessMemory, at: Addr, mov: u8) -> Option<i64> {
     const BACK: u64 = 48;
     let code = mem.bytes(Addr(at.0.checked_sub(BACK)?), BACK as usize).ok()?;
-    // `b8 imm32` nearest to the instruction with the number of a call that has a restart block.
     (0..=code.len() - 5).rev().find_map(|i| {
         let imm = i64::from(u32::from_le_bytes([code[i + 1], code[i + 2], code[i + 3], code[i + 4]]));
-        (code[i] == 0xb8 && BLOCK_CALLS.contains(&imm)).then_some(imm)
+        (code[i] == mov && BLOCK_CALLS.contains(&imm)).then_some(imm)
     })
 }
