@@ -434,7 +434,7 @@ impl NetTables {
             }
             (libc::AF_UNIX, _, _) => {
                 let table = self.unix.get_or_init(unix::table);
-                Object::Unix(unix::collect(view, o, kind, table)?)
+                Object::Unix(unix::collect(view, o, kind, table, self.options)?)
             }
             _ => {
                 return Err(view.unsupported(

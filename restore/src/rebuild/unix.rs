@@ -29,6 +29,17 @@ pub(super) fn open(
             "restore before the keeper's deadline, or dump both processes together",
         ));
     }
+    if u.rights {
+        return Err(RebuildError::refused(
+            name_of(fd),
+            "open files are under way in its queue (SCM_RIGHTS), and no keeper holds it",
+            "restore before the keeper's deadline, or dump when the server has taken them",
+        ));
+    }
+    if u.named_senders {
+        let text = format!("{}: datagrams that wait in it lose their senders' names", name_of(fd));
+        maker.warn("unix-sender", text, "restore before the keeper's deadline to keep them");
+    }
     let kind = u.r#type as i32;
     let failed = |call| RebuildError::call(name_of(fd), call);
     if u.state == LISTEN || u.peer_ino == 0 {
@@ -76,13 +87,19 @@ fn buffers(sock: &OwnedFd, u: &proto::UnixSocket) {
     }
 }
 
-/// `sun_path` from the image to a struct sockaddr_un; a path may have been left behind by the old process.
+/// A path may have been left behind by the old process.
 fn bind_again(fd: &proto::Fd, u: &proto::UnixSocket, sock: &OwnedFd) -> Result<(), RebuildError> {
-    let mut addr = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
-    addr.extend_from_slice(&u.address);
-    if u.address[0] != 0 {
-        addr.push(0);
+    if !matches!(u.address[0], 0 | b'/') {
+        return Err(RebuildError::refused(
+            name_of(fd),
+            format!(
+                "it is bound to the relative path {}, and its directory is not known",
+                String::from_utf8_lossy(&u.address)
+            ),
+            "restore before the keeper's deadline, or have the server bind an absolute path",
+        ));
     }
+    let addr = raw_address(u);
     let Err(first) = sys::bind_raw(sock.as_fd(), &addr) else {
         return Ok(());
     };
@@ -116,7 +133,14 @@ pub(super) fn refill(
         let Some(Object::Unix(u)) = &fd.object else {
             continue;
         };
-        if u.peer_ino == 0 || u.state == LISTEN || kept.contains(&fd.ofd) || !done.insert(u.ino) {
+        if u.state == LISTEN || kept.contains(&fd.ofd) || !done.insert(u.ino) {
+            continue;
+        }
+        if u.peer_ino == 0 {
+            if !u.queue_lengths.is_empty() && !u.address.is_empty() {
+                let writer = sender_to(fd, u)?;
+                send_queue(fd, u, &writer)?;
+            }
             continue;
         }
         let by_ino = |ino: u64| {
@@ -125,7 +149,7 @@ pub(super) fn refill(
             opened.get(&ofd.ofd)
         };
         let writer = by_ino(u.peer_ino).or_else(|| maker.sockets.get(&u.peer_ino));
-        if let (Some(writer), false) = (writer, u.queue.is_empty()) {
+        if let (Some(writer), false) = (writer, u.queue.is_empty() && u.queue_lengths.is_empty()) {
             send_queue(fd, u, writer)?;
         }
     }
@@ -144,6 +168,24 @@ pub(super) fn refill(
         }
     }
     Ok(())
+}
+
+/// A socket that sends to a bound one.
+fn sender_to(fd: &proto::Fd, u: &proto::UnixSocket) -> Result<OwnedFd, RebuildError> {
+    let failed = |call| RebuildError::call(name_of(fd), call);
+    let sock = sys::socket(libc::AF_UNIX, u.r#type as i32, 0).map_err(failed("socket"))?;
+    sys::connect_raw(sock.as_fd(), &raw_address(u)).map_err(failed("connect to refill its queue"))?;
+    Ok(sock)
+}
+
+/// `sun_path` from the image to a struct sockaddr_un.
+fn raw_address(u: &proto::UnixSocket) -> Vec<u8> {
+    let mut addr = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
+    addr.extend_from_slice(&u.address);
+    if u.address.first().is_some_and(|b| *b != 0) {
+        addr.push(0);
+    }
+    addr
 }
 
 fn send_queue(fd: &proto::Fd, u: &proto::UnixSocket, writer: &OwnedFd) -> Result<(), RebuildError> {

@@ -6,6 +6,7 @@ use libtest_mimic::{Failed, Trial};
 use mcr_criu_lite::dump::{DumpOptions, Kept, dump};
 use mcr_image::{Image, Pid};
 use mcr_restore::keeper::{Keeper, KeeperOptions};
+use mcr_restore::rebuild::{RebuildOptions, restore_image};
 use mcr_restore::transaction::{UpdateOptions, UpdateReport, restore_update, update};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -23,6 +24,8 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("world_updated_in_place_without_root", || live(34_536, true, false)),
         Trial::test("world_updated_beside", || live(34_531, false, true)),
         Trial::test("world_updated_beside_without_root", || live(34_532, true, true)),
+        Trial::test("world_restored_without_keeper", || made_anew(34_537, false)),
+        Trial::test("world_updated_without_keeper", || made_anew(34_538, true)),
         Trial::test("world_updated_through_an_image", || offline(34_533, false)),
         Trial::test("world_updated_through_an_image_without_root", || offline(34_534, true)),
     ]
@@ -149,6 +152,49 @@ fn live(port: u16, without_root: bool, new_pid: bool) -> Result<(), Failed> {
         after(&r, &mut clients, port, &dir, &when)?;
     }
     Ok(())
+}
+
+/// Nobody is connected and nobody keeps anything: everything is made anew from the image.
+fn made_anew(port: u16, updated: bool) -> Result<(), Failed> {
+    let (server, mut clients, dir) = start(port, false, &format!("world-{port}"))?;
+    // Its own connection goes last: the server has closed the others when it answers.
+    clients.0.truncate(1);
+    clients.check("alone")?;
+    drop(clients);
+    let mut last = server;
+    for round in 0..2 {
+        let when = format!("round {round} without a keeper");
+        let (image, patched) = (dir.join("image.mcr"), dir.join("updated.mcr"));
+        // The server may still be closing the last connection.
+        let until = Instant::now() + Duration::from_secs(10);
+        while connections(last.0) > 0 && Instant::now() < until {}
+        dump(last.0, &image, &DumpOptions::default(), &mut |_, _| Ok(Kept::default()))
+            .map_err(|e| format!("{when}: {e}"))?;
+        drop(last);
+        let dumped = Image::open(&image)?;
+        last = if updated {
+            let patch = mcr_transform::transform(&dumped, &v2(), &mcr_transform::Options::default())
+                .map_err(|e| format!("{when}: {e}"))?;
+            dumped.write_update(&patched, &patch)?;
+            Reaper(
+                restore_update(&Image::open(&patched)?, &options()).map_err(|e| format!("{when}: {e}"))?.pid,
+            )
+        } else {
+            Reaper(
+                restore_image(&dumped, &RebuildOptions::default()).map_err(|e| format!("{when}: {e}"))?.pid,
+            )
+        };
+        Clients::connect(port, &dir)?.check(&when)?;
+    }
+    Ok(())
+}
+
+/// Connected sockets that have a name: those of clients.
+fn connections(pid: Pid) -> usize {
+    let links = crate::support::links(pid);
+    let sockets = links.values().filter(|l| l.starts_with("socket:")).count();
+    // Three listeners and two pairs.
+    sockets.saturating_sub(7)
 }
 
 /// Ends with the test, also when it fails.

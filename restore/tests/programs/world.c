@@ -376,7 +376,8 @@ int main(int argc, char **argv)
 	sigaddset(&set, SIGRTMIN + 2);
 	sigprocmask(SIG_BLOCK, &set, 0);
 
-	by_path = local("sock", 0);
+	snprintf(path, sizeof path, "%s/sock", argv[2]);
+	by_path = local(path, 0);
 	snprintf(path, sizeof path, "mcr-world-%s", argv[1]);
 	by_name = local(path, 1);
 	listener = socket(AF_INET, SOCK_STREAM, 0);
