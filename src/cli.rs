@@ -61,6 +61,9 @@ pub struct DumpArgs {
     /// Seconds to wait for every thread to become quiescent
     #[arg(long, default_value_t = 5.0)]
     pub timeout: f64,
+    /// Record the connections for a restore on another machine: their peers hear nothing until then
+    #[arg(long, conflicts_with = "leave_running")]
+    pub tcp_repair: bool,
     /// Seconds for which the connections are kept open for a restore
     #[arg(long, default_value_t = 300)]
     pub keep: u64,

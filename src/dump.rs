@@ -8,6 +8,7 @@ use mcr_criu_lite::dump::{DumpOptions, Kept, dump};
 use mcr_image::Pid;
 use mcr_image::proto::fd::Object;
 use mcr_restore::keeper::{self, Keeper, KeeperOptions};
+use mcr_restore::portable;
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -19,6 +20,11 @@ pub fn run(a: &DumpArgs) -> Outcome {
             a.pid
         )));
     }
+    if a.tcp_repair && a.output.as_os_str() == "-" {
+        return Err(Failure::refused(
+            "--tcp-repair writes the image twice: it needs a file, not standard output\ngive -o FILE",
+        ));
+    }
     let options = DumpOptions {
         leave_running: a.leave_running,
         timeout: Duration::from_secs_f64(a.timeout.clamp(0.01, 3600.0)),
@@ -28,6 +34,9 @@ pub fn run(a: &DumpArgs) -> Outcome {
         if a.leave_running {
             // The process itself keeps its connections.
             return Ok(Kept::default());
+        }
+        if a.tcp_repair {
+            portable::check(&all.process).map_err(|e| e.to_string())?;
         }
         keep(image_id, all, a.keep, &mut keeper)
     };
@@ -45,6 +54,7 @@ pub fn run(a: &DumpArgs) -> Outcome {
             return Err(Failure::with_code(f.code, text));
         }
     };
+    let exported = if a.tcp_repair { Some(export(a)?) } else { None };
     report::stats("dump", a.stats.as_deref(), &done)?;
     let to_stdout = a.output.as_os_str() == "-";
     if a.json && !to_stdout {
@@ -53,11 +63,37 @@ pub fn run(a: &DumpArgs) -> Outcome {
     report::waterfall("dump", &done.phases);
     if !to_stdout {
         println!("{}: {}, {} pages", a.output.display(), size(done.image_bytes), done.pages);
-        if keeper.is_some() {
+        if let Some(x) = &exported {
+            println!(
+                "{} connections recorded ({} queued): mcr restore works on another machine that has their \
+                 addresses; here until the keeper ends, in {} s",
+                x.connections,
+                size(x.queued_bytes),
+                a.keep
+            );
+            if x.not_accepted > 0 {
+                println!("{} connections that the server had not accepted yet will end", x.not_accepted);
+            }
+        } else if keeper.is_some() {
             println!("its connections are kept open for {} s: mcr restore {}", a.keep, a.output.display());
         }
     }
     Ok(())
+}
+
+/// The connections' records, after the process has ended.
+fn export(a: &DumpArgs) -> Result<portable::Exported, Failure> {
+    portable::export(&a.output).map_err(|e| {
+        let name = a.output.display();
+        Failure::with_code(
+            3,
+            format!(
+                "{e}\n{name} is complete without the connections' records: mcr restore {name} on this machine, \
+                 within {} s",
+                a.keep
+            ),
+        )
+    })
 }
 
 /// Hands the sockets to a keeper.

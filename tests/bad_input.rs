@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("bad input: ourselves", ourselves),
         Case::new("bad input: no disk space", no_space),
         Case::new("bad input: truncated, flipped and foreign images", images),
+        Case::new("bad input: a process of another user, without rights", without_rights),
         Case::new("bad input: usage", usage),
     ];
     for (name, broken, wants) in [
@@ -91,6 +92,43 @@ fn no_space() -> Check {
     load.verify("1.0")?;
     refused(&["dump", &pid, "-o", "/nonexistent/dir/x.mcr"], &["/nonexistent/dir"])?;
     load.verify("1.0")
+}
+
+/// mcr as nobody against a server of root: each verb says so, and the server does not notice.
+fn without_rights() -> Check {
+    use std::os::unix::fs::PermissionsExt;
+    let kv = Kv::start(1);
+    let mut load = Load::put(&kv, 100, 3)?;
+    let pid = kv.server.pid.to_string();
+    // Where nobody may execute it.
+    let dir = scratch();
+    let mcr = dir.path().join("mcr");
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).map_err(|e| e.to_string())?;
+    std::fs::copy(crate::support::mcr(), &mcr).map_err(|e| e.to_string())?;
+    let new = dir.path().join("new");
+    std::fs::copy(binary(2), &new).map_err(|e| e.to_string())?;
+    let (new, image) = (new.display().to_string(), dir.path().join("x.mcr").display().to_string());
+    for args in [
+        &["dump", &pid, "-o", &image][..],
+        &["update", &pid, "--to", &new],
+        &["plan", &pid, "--to", &new],
+        &["quiesce", &pid],
+    ] {
+        let out = std::process::Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .arg(&mcr)
+            .args(args)
+            .output()
+            .map_err(|e| format!("setpriv: {e}"))?;
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        ensure!(out.status.code() == Some(1), "mcr {args:?}: {} instead of 1: {said}", out.status);
+        let lower = said.to_lowercase();
+        ensure!(said.contains(&pid), "mcr {args:?}: no pid in: {said}");
+        ensure!(lower.contains("permi") || lower.contains("root"), "mcr {args:?}: no reason in: {said}");
+        ensure!(!Path::new(&image).exists(), "mcr {args:?} left an image");
+        load.verify("1.0")?;
+    }
+    Ok(())
 }
 
 fn images() -> Check {

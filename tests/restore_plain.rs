@@ -8,6 +8,8 @@ use crate::{Case, ensure};
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("kv: dump and restore, five times over", dump_restore),
+        Case::new("kv: dump --tcp-repair, restored through the keeper", || tcp_repair(false)),
+        Case::new("kv: dump --tcp-repair, the keeper killed, restored from the records", || tcp_repair(true)),
         Case::new("kv: dump --leave-running, twenty times", leave_running),
         Case::new("kv: inspect shows maps, threads, descriptors and typed values", inspect),
     ]
@@ -29,6 +31,48 @@ fn dump_restore() -> Check {
         load.go_on(&kv)?;
     }
     Ok(())
+}
+
+/// A hundred connections with half-sent requests; data that arrives while they are held must arrive once.
+fn tcp_repair(kill_keeper: bool) -> Check {
+    let kv = Kv::start(1);
+    let mut load = Load::put(&kv, 200, 100)?;
+    load.begin_half_request()?;
+    let img = kv.dir.path().join("kv.mcr").display().to_string();
+    let out = expect_mcr(0, &["dump", &kv.server.pid.to_string(), "-o", &img, "--tcp-repair"])?;
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    ensure!(said.contains("100 connections recorded"), "{said}");
+    kv.server.reap();
+    if kill_keeper {
+        let image = mcr_image::Image::open(std::path::Path::new(&img)).map_err(|e| e.to_string())?;
+        let keeper = process_with_argument(&image.meta().keeper_socket).ok_or("no keeper")?;
+        // SAFETY: plain kill(2) and waitpid(2) of the keeper of our own image, which we inherit as a subreaper.
+        unsafe {
+            libc::kill(keeper, libc::SIGKILL);
+            libc::waitpid(keeper, std::ptr::null_mut(), 0);
+        }
+    } else {
+        // Into held sockets: dropped there, and sent again by the clients' kernel.
+        load.end_half_request_unanswered()?;
+    }
+    let done = expect_mcr(0, &["restore", &img, "--json"])?;
+    ensure!(reported_pid(&done)? == kv.server.pid, "another pid");
+    if kill_keeper {
+        load.end_half_request()?;
+    } else {
+        load.answers_of_half_requests()?;
+    }
+    load.verify("1.0")?;
+    load.go_on(&kv)
+}
+
+fn process_with_argument(argument: &str) -> Option<i32> {
+    std::fs::read_dir("/proc").ok()?.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok()).find(
+        |pid: &i32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|b| *b == 0).any(|a| a == argument.as_bytes())
+        },
+    )
 }
 
 fn leave_running() -> Check {

@@ -1,7 +1,7 @@
 //! From a dump to an update image.
 
 use crate::format::RecordKind;
-use crate::proto::{EmbeddedFile, FrameDesc, Patch};
+use crate::proto::{EmbeddedFile, FrameDesc, Patch, Process};
 use crate::{Image, ImageError, ImageWriter, WriterOptions, Written};
 use prost::Message;
 use std::path::Path;
@@ -35,6 +35,26 @@ impl Image {
             w.file(file, content)?;
         }
         w.put(RecordKind::Patch, patch)?;
+        w.finish()
+    }
+
+    /// Writes this image with another record of its root process; everything else byte for byte. `out` may be
+    /// the image's own path: it is replaced as a whole, or not at all.
+    pub fn write_process(&self, out: &Path, process: &Process) -> Result<Written, ImageError> {
+        let mut w = ImageWriter::create_with(out, WriterOptions::default())?;
+        let mut replaced = false;
+        for (entry, bytes) in self.raw_records() {
+            if !replaced && entry.kind == RecordKind::Process as u32 {
+                replaced = true;
+                w.put(RecordKind::Process, process)?;
+                continue;
+            }
+            let key = match FrameDesc::decode(&*entry.desc) {
+                Ok(d) if entry.kind == RecordKind::File as u32 => d.key,
+                _ => String::new(),
+            };
+            w.raw_record(entry, bytes, &key)?;
+        }
         w.finish()
     }
 }

@@ -24,6 +24,88 @@ pub fn setsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> io
     check(i64::from(r)).map(drop)
 }
 
+/// getsockopt(2) as bytes, at most `len` of them.
+pub fn getsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, len: usize) -> io::Result<Vec<u8>> {
+    let mut value = vec![0u8; len];
+    let mut n = libc::socklen_t::try_from(len).unwrap_or(0);
+    // SAFETY: the pointer and the length describe `value`, which outlives the call.
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut n) };
+    check(i64::from(r))?;
+    value.truncate(n as usize);
+    Ok(value)
+}
+
+/// ioctl(2) that answers with an int (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD).
+pub fn ioctl_int(fd: BorrowedFd<'_>, request: u64) -> io::Result<i32> {
+    let mut value = 0i32;
+    // SAFETY: the request writes one int to the pointer, which is valid.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, &raw mut value) };
+    check(i64::from(r))?;
+    Ok(value)
+}
+
+/// setsockopt(2) `SO_ATTACH_FILTER` with the one instruction `ret #0`: every segment is dropped unanswered.
+pub fn attach_drop_all(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut drop_all = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut drop_all };
+    // SAFETY: the program and its one instruction live through the call; the kernel copies them.
+    let r = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    check(i64::from(r)).map(drop)
+}
+
+/// The socket's filter, one word an instruction; empty when it has none (getsockopt(2) `SO_GET_FILTER`, whose
+/// length counts instructions).
+pub fn socket_filter(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
+    let get = |words: &mut [u64]| {
+        let mut n = words.len() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `n` instructions of eight bytes, and `words` has room for them.
+        let r = unsafe {
+            libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_GET_FILTER,
+                words.as_mut_ptr().cast(),
+                &raw mut n,
+            )
+        };
+        check(i64::from(r)).map(|_| n as usize)
+    };
+    let mut words = vec![0u64; get(&mut [])?];
+    get(&mut words)?;
+    Ok(words)
+}
+
+/// membarrier(2) `MEMBARRIER_CMD_GLOBAL`: returns after every processor has left what it was doing in the kernel
+/// under read-side locks (synchronize_rcu), packets that were being received included.
+pub fn membarrier_global() -> io::Result<()> {
+    // SAFETY: plain numbers go in.
+    check(unsafe { libc::syscall(libc::SYS_membarrier, 1, 0, 0) }).map(drop)
+}
+
+/// sendto(2) on a raw socket with a raw `struct sockaddr`.
+pub fn send_to(fd: BorrowedFd<'_>, bytes: &[u8], addr: &[u8]) -> io::Result<()> {
+    // SAFETY: both slices are live and described by their lengths; the kernel only reads them.
+    let n = unsafe {
+        libc::sendto(
+            fd.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            0,
+            addr.as_ptr().cast(),
+            socklen(addr),
+        )
+    };
+    check(n as i64).map(drop)
+}
+
 /// bind(2) or connect(2) with a raw `struct sockaddr`.
 pub fn bind_raw(fd: BorrowedFd<'_>, addr: &[u8]) -> io::Result<()> {
     // SAFETY: the kernel reads `addr.len()` bytes from a live slice.

@@ -323,6 +323,7 @@ impl Host {
             remote.set_regs(&regs).map_err(fail("PTRACE_SETREGS"))?;
             remote.set_sigmask(t.sigmask).map_err(fail("PTRACE_SETSIGMASK"))?;
         }
+        self.files.let_flow(&p.fds)?;
         // Nothing can fail any more but by the death of a thread. Nobody else may hold the open files when it
         // runs: what it closes then would stay registered in its epoll objects.
         drop(std::mem::take(&mut self.files));
@@ -369,6 +370,11 @@ pub struct HandedOver {
 }
 
 impl HandedOver {
+    /// The last step before the new version runs: connections that are held still go on.
+    pub fn let_flow(&self, process: &proto::Process) -> Result<(), RebuildError> {
+        self.files.let_flow(&process.fds)
+    }
+
     /// The new version runs: the keeper may let go.
     pub fn confirm(mut self) {
         if let Some(k) = self.keeper.take() {

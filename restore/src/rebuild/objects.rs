@@ -24,6 +24,23 @@ pub struct OpenFiles {
     pub findings: Vec<proto::Finding>,
     /// Files shared by descriptors and mappings, by (device, inode) in the dumped system.
     pub shared: HashMap<(u64, u64), OwnedFd>,
+    /// Connections that were made from their records, by ofd.
+    pub recreated: HashSet<u32>,
+}
+
+impl OpenFiles {
+    /// The last step before the process runs: connections that are held still go on.
+    pub fn let_flow(&self, fds: &[proto::Fd]) -> Result<(), RebuildError> {
+        let mut seen = HashSet::new();
+        for fd in fds.iter().filter(|f| matches!(f.object, Some(Object::Tcp(_)))) {
+            if let Some(sock) = self.by_ofd.get(&fd.ofd)
+                && seen.insert(fd.ofd)
+            {
+                tcp::let_flow(fd, sock, self.recreated.contains(&fd.ofd))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What the makers of the single kinds work with.
@@ -36,6 +53,7 @@ pub(super) struct Maker<'a> {
     pub(super) pipes: HashMap<u64, pipe::Ends>,
     pub(super) sockets: HashMap<u64, OwnedFd>,
     pub(super) findings: Vec<proto::Finding>,
+    pub(super) recreated: HashSet<u32>,
 }
 
 impl Maker<'_> {
@@ -78,6 +96,7 @@ pub fn open_all(
         pipes: HashMap::new(),
         sockets: HashMap::new(),
         findings: Vec::new(),
+        recreated: HashSet::new(),
     };
     let mut by_ofd: BTreeMap<u32, OwnedFd> = BTreeMap::new();
     let from_keeper: HashSet<u32> = kept.keys().copied().collect();
@@ -96,7 +115,7 @@ pub fn open_all(
     // After everything is open: data that waits in pipes and sockets.
     pipe::refill(&mut maker)?;
     unix::refill(&mut maker, &by_ofd, &from_keeper)?;
-    Ok(OpenFiles { by_ofd, findings: maker.findings, shared: maker.shared })
+    Ok(OpenFiles { by_ofd, findings: maker.findings, shared: maker.shared, recreated: maker.recreated })
 }
 
 fn open_one(fd: &proto::Fd, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildError> {

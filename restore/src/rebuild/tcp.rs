@@ -1,15 +1,14 @@
 //! tcp(7) and udp(7). Living connections come back through the keeper (`objects` asks it first); what arrives
-//! here has to be made anew: listeners and unconnected sockets. A connection without its keeper is refused, or
-//! replaced by an unconnected socket where the user asked for that.
+//! here has to be made anew: listeners, unconnected sockets, and connections of which the image has a record
+//! (`mcr dump --tcp-repair`). A connection with neither is refused, or replaced by an unconnected socket where
+//! the user asked for that.
 
 use super::RebuildError;
 use super::objects::{Maker, name_of};
 use crate::sys;
+use crate::tcp_repair::{self, CLOSE, LISTEN, RepairError};
 use mcr_image::proto;
 use std::os::fd::{AsFd, OwnedFd};
-
-const LISTEN: u32 = 10;
-const CLOSE: u32 = 7;
 
 pub(super) fn open(
     fd: &proto::Fd,
@@ -36,16 +35,56 @@ pub(super) fn open(
             maker.warn("connection-dropped", text, "");
             make(fd, t)
         }
+        _ if t.repair.is_some() => {
+            let made = make(fd, t)?;
+            let r = t.repair.as_ref().ok_or_else(|| RebuildError::Image("a TCP record".to_owned()))?;
+            tcp_repair::recreate(made.as_fd(), t, r).map_err(|e| repair_failed(fd, e))?;
+            maker.recreated.insert(fd.ofd);
+            Ok(made)
+        }
         _ => {
             let why = maker.keeper_gone.clone().unwrap_or_else(|| "the keeper does not hold it".to_owned());
             Err(RebuildError::refused(
                 name_of(fd),
                 format!("this connection can only come back from its keeper: {why}"),
-                "listening sockets can be restored with --drop-connections",
+                "listening sockets can be restored with --drop-connections; mcr dump --tcp-repair makes an image \
+                 whose connections need no keeper",
             ))
         }
     }
 }
+
+fn repair_failed(fd: &proto::Fd, e: RepairError) -> RebuildError {
+    match e {
+        RepairError::Call { call, source } => {
+            let next = "or restore without the connections: --drop-connections";
+            RebuildError::Call { object: name_of(fd), call, source, next }
+        }
+        RepairError::Unsupported(why) => RebuildError::refused(name_of(fd), why, ""),
+    }
+}
+
+/// The last step before the process runs: a connection that was held still goes on. `recreated`: it was made from
+/// its record, and not fetched from the keeper.
+pub(super) fn let_flow(fd: &proto::Fd, sock: &OwnedFd, recreated: bool) -> Result<(), RebuildError> {
+    let Some(proto::fd::Object::Tcp(t)) = &fd.object else { return Ok(()) };
+    let reuse = tcp_repair::reuse_of(t);
+    let done = match &t.repair {
+        Some(r) if recreated => tcp_repair::resume(sock.as_fd(), t, r, reuse),
+        _ => tcp_repair::flow(sock.as_fd(), reuse),
+    };
+    done.map_err(|e| repair_failed(fd, e))?;
+    if recreated {
+        // Its queues needed more room than the server has asked for.
+        let sizes = [libc::SO_SNDBUF, libc::SO_RCVBUF, SO_BUF_LOCK];
+        let of_sizes = |o: &&proto::SockOpt| o.level == libc::SOL_SOCKET && sizes.contains(&o.name);
+        set_options(sock, &t.options.iter().filter(of_sizes).cloned().collect::<Vec<_>>());
+    }
+    Ok(())
+}
+
+/// include/uapi/asm-generic/socket.h, Linux 5.16: which sizes the server has fixed.
+const SO_BUF_LOCK: i32 = 72;
 
 pub(super) fn open_udp(
     fd: &proto::Fd,

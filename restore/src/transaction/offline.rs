@@ -60,6 +60,7 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
     guard.host()?.park(&tids, false)?;
     guard.host()?.disarm(&tids)?;
     // Ours and the keeper's copies are closed before it runs: what it closes then is closed.
+    handed.let_flow(process)?;
     handed.confirm();
     let host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;
     host.let_go(&tids).map_err(|e| UpdateError::Lost { pid: child, why: e.to_string() })?;
