@@ -9,6 +9,7 @@ use mcr_plugin::Rules;
 use mcr_restore::transaction::{UpdateError, UpdateOptions, UpdateReport, update};
 use mcr_transform::Options;
 use serde::Serialize;
+use std::io::IsTerminal;
 use std::time::Duration;
 
 /// What `--json` and `--stats` say.
@@ -104,6 +105,7 @@ pub fn run(a: &UpdateArgs) -> Outcome {
         boot_timeout: limit(a.timeout),
         dry_run: a.dry_run,
         new_pid: a.new_pid,
+        progress: (!a.json && std::io::stderr().is_terminal()).then_some(|what| eprintln!("  … {what}")),
         ..UpdateOptions::default()
     };
     let done = update(Pid(a.pid), &a.to, &options)

@@ -103,22 +103,22 @@ pub fn plan(s: &Sides<'_>) -> Result<MemoryPlan, MemoryPlanError> {
         }
     }
     // What link writes outside the start-up's own memory.
+    let mut fresh: Vec<Span> = p.maps.iter().map(|m| m.span).collect();
+    fresh.sort_unstable();
     for w in &s.list.memory {
         let span = Span::new(w.addr, w.addr.add(w.bytes.len() as u64));
-        if p.maps.iter().any(|m| m.span.contains(w.addr)) {
+        if overlapped(&fresh, |m| (m.start.0, m.end.0), Span::new(w.addr, w.addr.add(1))) {
             p.fills.push(w.clone());
-        } else if !s.native.iter().any(|v| overlaps(v, span)) {
+        } else if !overlapped(s.native, |v| (v.start, v.end), span) {
             p.writes.push(w.clone());
         }
     }
     p.writes.sort_by_key(|w| w.addr);
-    for w in &p.writes {
-        let span = Span::new(w.addr, w.addr.add(w.bytes.len() as u64));
-        for (v, _) in s.old.iter().filter(|(v, _)| overlaps(v, span) && v.prot & PROT_WRITE == 0) {
-            let whole = Span::new(Addr(v.start), Addr(v.end));
-            if !p.locked.iter().any(|l| l.0 == whole) {
-                p.locked.push((whole, v.prot));
-            }
+    for (v, _) in s.old.iter().filter(|(v, _)| v.prot & PROT_WRITE == 0) {
+        let whole = Span::new(Addr(v.start), Addr(v.end));
+        let ends = |w: &MemWrite| (w.addr.0, w.addr.0 + w.bytes.len() as u64);
+        if overlapped(&p.writes, ends, whole) {
+            p.locked.push((whole, v.prot));
         }
     }
     for (v, fate) in s.old {
@@ -130,6 +130,12 @@ pub fn plan(s: &Sides<'_>) -> Result<MemoryPlan, MemoryPlanError> {
         }
     }
     Ok(p)
+}
+
+/// Whether one of `sorted`, which are disjoint and ascending, overlaps the range.
+fn overlapped<T>(sorted: &[T], ends: impl Fn(&T) -> (u64, u64), s: Span) -> bool {
+    let i = sorted.partition_point(|t| ends(t).1 <= s.start.0);
+    sorted.get(i).is_some_and(|t| ends(t).0 < s.end.0)
 }
 
 fn overlaps(v: &proto::Vma, s: Span) -> bool {

@@ -160,7 +160,8 @@ pub fn plan(input: &Input<'_>) -> Result<InPlace, PlanError> {
             .iter()
             .any(|(v, f)| v.start <= a.0 && a.0 < v.end && matches!(f, Fate::Keep | Fate::CopyReadOnly))
     };
-    let mut writes = [memory.fills, memory.writes].concat();
+    let mut writes = memory.fills;
+    writes.extend(memory.writes);
     thread_ids(input, &writes, &mut findings).into_iter().for_each(|w| writes.push(w));
     let bytes = writes.iter().map(|w| w.bytes.len()).sum();
     commit.writes.extend(writes.into_iter().map(|w| (w.addr, w.bytes)));

@@ -25,6 +25,7 @@ const REHEARSALS: usize = 3;
 pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateReport, UpdateError> {
     let mut clock = Clock::new();
     mcr_criu_lite::freeze::examine(pid)?;
+    options.tell("reading both programs");
     let program = old_program(pid)?;
     let programs = Programs::read(new, &program, options)?;
     clock.lap("read programs", false);

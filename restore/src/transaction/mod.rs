@@ -38,11 +38,18 @@ pub struct UpdateOptions {
     pub quiesce_timeout: Duration,
     /// How long the new version's start-up may take; zero: what the rules say, else 10 s.
     pub boot_timeout: Duration,
+    /// Told what the rehearsal is doing; never while the server stands still.
+    pub progress: Option<fn(&str)>,
     /// How to rebuild the process (offline restores).
     pub drop_connections: bool,
 }
 
 impl UpdateOptions {
+    fn tell(&self, what: &str) {
+        if let Some(f) = self.progress {
+            f(what);
+        }
+    }
     fn quiesce(&self) -> QuiesceOptions {
         let mut wait = QuiesceOptions::default();
         if !self.quiesce_timeout.is_zero() {

@@ -126,13 +126,16 @@ pub(super) fn rehearse(
     let memory = Blocks::new(&memory);
     let history = History::load(pid);
     let unreferenced = unreferenced(&history, &process, &memory, child)?;
+    options.tell("planning");
     let patch = programs.plan(&process, &memory, &modules, options)?;
     clock.lap("plan", false);
     let none = Files::new();
     let old = Old { process: &process, modules: &modules, memory: &memory, patch: &patch, files: &none };
+    options.tell("starting the new version on a copy");
     let (outcome, heap) = start(host, &old, programs, options, Some(pid))?;
     clock.parts(&outcome.phases, false);
     let booted = refreshed(&outcome, &process, &fates);
+    options.tell("joining it with the old state");
     host.memory().refresh();
     let view = Blocks::new(host.memory());
     let list = join(&view, &booted, &outcome.modules, &old, heap.as_ref(), programs)?;
