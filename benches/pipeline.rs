@@ -39,10 +39,17 @@ fn mcr(args: &[&str]) -> Result<Value, String> {
 }
 
 /// Updates `pid` with statistics; hands back those and the new pid.
-fn update(pid: i32, to: &Path, rules: Option<&Path>, dir: &Path) -> Result<(Value, i32), String> {
+fn update(
+    pid: i32,
+    to: &Path,
+    rules: Option<&Path>,
+    dir: &Path,
+    more: &[&str],
+) -> Result<(Value, i32), String> {
     let stats = dir.join("stats.json");
     let (pid, to, file) = (pid.to_string(), to.display().to_string(), stats.display().to_string());
     let mut args = vec!["update", &pid, "--to", &to, "--json", "--stats", &file];
+    args.extend(more);
     let rules = rules.map(|r| r.display().to_string());
     if let Some(r) = &rules {
         args.extend(["--rules", r]);
@@ -53,22 +60,35 @@ fn update(pid: i32, to: &Path, rules: Option<&Path>, dir: &Path) -> Result<(Valu
     Ok((serde_json::from_str(&text).map_err(|e| e.to_string())?, pid))
 }
 
-fn row(server: &str, connections: usize, keys: usize, stats: &[Value], rss: (u64, u64)) {
-    let frozen = median(stats.iter().filter_map(|s| s["frozen_us"].as_f64()).collect());
-    let mut phases: Vec<(String, f64)> = Vec::new();
-    for p in stats.last().and_then(|s| s["phases"].as_array()).into_iter().flatten() {
-        if p["frozen"].as_bool() == Some(true) {
-            phases.push((
-                p["name"].as_str().unwrap_or("?").to_owned(),
-                p["duration_us"].as_f64().unwrap_or(0.0),
-            ));
+/// What was measured of one server state.
+#[derive(Default)]
+struct Samples {
+    in_place: Vec<Value>,
+    /// The same with a process of its own, for comparison.
+    beside: Vec<Value>,
+    rss: (u64, u64),
+}
+
+fn of(stats: &[Value], field: &str) -> f64 {
+    median(stats.iter().filter_map(|s| s[field].as_f64()).collect())
+}
+
+fn row(server: &str, connections: usize, keys: usize, s: &Samples) {
+    let mut phases: Vec<String> = Vec::new();
+    for p in s.in_place.last().and_then(|s| s["phases"].as_array()).into_iter().flatten() {
+        let name = p["name"].as_str().unwrap_or("?");
+        if p["frozen"].as_bool() == Some(true) && !name.starts_with("rehearsal") {
+            phases.push(format!("{name} {:.0}", p["duration_us"].as_f64().unwrap_or(0.0)));
         }
     }
-    let text: Vec<_> = phases.iter().map(|(n, us)| format!("{n} {us:.0}")).collect();
+    let (pause, beside) = (of(&s.in_place, "frozen_us"), of(&s.beside, "frozen_us"));
     println!(
-        "{server:<6} {connections:>5} conns {keys:>8} keys  pause {frozen:>9.0} us  RSS x{:.3}  [{}]",
-        rss.1 as f64 / rss.0.max(1) as f64,
-        text.join(", ")
+        "{server:<6} {connections:>5} conns {keys:>8} keys  pause {pause:>8.0} us, before it {:>7.0} us  \
+         in place : --new-pid = {:.2}  RSS x{:.3}  [{}]",
+        of(&s.in_place, "rehearsal_us"),
+        pause / beside,
+        s.rss.1 as f64 / s.rss.0.max(1) as f64,
+        phases.join(", ")
     );
 }
 
@@ -77,7 +97,7 @@ fn kv_rows(quick: bool) -> Outcome {
     let key_counts: &[usize] = if quick { &[0, 10_000] } else { &[0, 100_000] };
     for &n in connections {
         for &keys in key_counts {
-            let (mut all, mut rss) = (Vec::new(), (0, 0));
+            let mut all = Samples::default();
             for _ in 0..3 {
                 let mut s = kv::Kv::start(1);
                 let mut clients: Vec<_> = (0..n.max(1)).map(|_| s.connect()).collect();
@@ -87,13 +107,18 @@ fn kv_rows(quick: bool) -> Outcome {
                 }
                 clients[0].expect("SELFCHECK", "OK")?;
                 let before = s.server.rss_kib();
-                let (stats, pid) = update(s.server.pid, &kv::binary(2), Some(&kv::rules(2)), s.dir.path())?;
+                let (new, dir) = (kv::binary(2), s.dir.path().to_owned());
+                let (stats, pid) = update(s.server.pid, &new, Some(&kv::rules(2)), &dir, &[])?;
                 s.server.becomes(pid);
                 clients[0].expect("SELFCHECK", "OK")?;
-                rss = (before, s.server.rss_kib());
-                all.push(stats);
+                all.rss = (before, s.server.rss_kib());
+                all.in_place.push(stats);
+                let (stats, pid) = update(s.server.pid, &new, None, &dir, &["--new-pid"])?;
+                s.server.becomes(pid);
+                clients[0].expect("SELFCHECK", "OK")?;
+                all.beside.push(stats);
             }
-            row("kv", n, keys, &all, rss);
+            row("kv", n, keys, &all);
         }
     }
     Ok(())
@@ -116,7 +141,7 @@ fn redis_rows(quick: bool) -> Outcome {
     let sizes: &[usize] = if quick { &[0, 100_000] } else { &[0, 100_000, 1_000_000] };
     for &keys in sizes {
         for &n in connections {
-            let (mut all, mut rss) = (Vec::new(), (0, 0));
+            let mut all = Samples::default();
             for _ in 0..(if keys > 100_000 { 1 } else { 3 }) {
                 let mut r = Redis::start(&old);
                 fill(&r, keys)?;
@@ -125,13 +150,17 @@ fn redis_rows(quick: bool) -> Outcome {
                     c.ask(&["PING"])?;
                 }
                 let before = r.server.rss_kib();
-                let (stats, pid) = update(r.server.pid, &new, None, r.dir.path())?;
+                let (stats, pid) = update(r.server.pid, &new, None, r.dir.path(), &[])?;
                 r.server.becomes(pid);
                 r.connect().expect(&["DBSIZE"], &keys.to_string())?;
-                rss = (before, r.server.rss_kib());
-                all.push(stats);
+                all.rss = (before, r.server.rss_kib());
+                all.in_place.push(stats);
+                let (stats, pid) = update(r.server.pid, &new, None, r.dir.path(), &["--new-pid"])?;
+                r.server.becomes(pid);
+                r.connect().expect(&["DBSIZE"], &keys.to_string())?;
+                all.beside.push(stats);
             }
-            row("redis", n, keys, &all, rss);
+            row("redis", n, keys, &all);
         }
     }
     Ok(())
@@ -143,7 +172,7 @@ fn throughput() -> Outcome {
     let keys = 20_000;
     let mut updated = Redis::start(&old);
     fill(&updated, keys)?;
-    let (_, pid) = update(updated.server.pid, &new, None, updated.dir.path())?;
+    let (_, pid) = update(updated.server.pid, &new, None, updated.dir.path(), &[])?;
     updated.server.becomes(pid);
     let fresh = Redis::start(&new);
     fill(&fresh, keys)?;
