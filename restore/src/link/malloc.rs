@@ -172,6 +172,15 @@ fn merge_unchecked(
     let layout = ArenaLayout::detect(input.old, arena)
         .ok_or_else(|| refuse(format!("main_arena at {arena} of the old process has no known layout")))?;
     if ArenaLayout::detect(input.host, arena) != Some(layout) {
+        // `top` is set by the first malloc of a process.
+        if input.host.u64(arena.add(layout.top())).is_ok_and(|top| top == 0) {
+            return Err(Refusal::new(
+                "malloc",
+                "the new version allocates no memory before it comes to rest, so its malloc is not set up to take over \
+                 old's heap",
+                "let its start-up call malloc once",
+            ));
+        }
         return Err(refuse(format!("main_arena at {arena} of the new version is not where old's was")));
     }
     let mut report = MergeReport::default();

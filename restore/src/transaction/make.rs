@@ -32,6 +32,9 @@ impl Drop for Guard {
             host.kill();
         }
         if let Some((old, child)) = self.hidden {
+            // Not waited for while it lives.
+            let pid = nix::unistd::Pid::from_raw(child.0);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             // A zombie that stays is no harm to the old process; it is gone with it.
             drop(reap_hidden(old, child));
         }

@@ -98,6 +98,7 @@ pub(super) fn rehearse(
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     clock.lap_until("look", false, frozen.since());
     mcr_criu_lite::tracee::commit::sweep(&mut frozen)?;
+    reap_dead_copies(&mut frozen)?;
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
     let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
@@ -110,14 +111,16 @@ pub(super) fn rehearse(
     // server's close: neither the copy nor we may.
     collected.fds.clear();
     let mut tracee = frozen.fork_hidden()?;
-    tracee.syscall(libc::SYS_close_range, &[3, u64::from(u32::MAX), 0])?;
+    let closed = tracee.syscall(libc::SYS_close_range, &[3, u64::from(u32::MAX), 0]);
     let child = tracee.pid();
     tracee.leak();
     let mut guard = Guard { host: None, hidden: Some((pid, child)) };
-    guard.host = Some(Host::attach(child)?);
+    let host = closed.map_err(UpdateError::from).and_then(|_| Ok(Host::attach(child)?));
     let modules: Arc<ModuleMap> = Arc::clone(&collected.modules);
     let process = collected.process;
     frozen.thaw()?;
+    // Only a process that runs can collect a copy that has died.
+    guard.host = Some(host?);
     clock.lap("fork", true);
 
     let host = guard.host()?;
@@ -141,6 +144,27 @@ pub(super) fn rehearse(
     let list = join(&view, &booted, &outcome.modules, &old, heap.as_ref(), programs)?;
     clock.lap("link", false);
     Ok(Rehearsal { guard, outcome, patch, list, process, history, unreferenced })
+}
+
+/// Copies of engines that were killed are collected in the old process, which knows nothing of them.
+fn reap_dead_copies(frozen: &mut Frozen) -> Result<(), UpdateError> {
+    let pid = frozen.pid();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    for child in children.split_whitespace().filter(|c| is_dead_copy(c)) {
+        let child: u64 = child.parse().unwrap_or(u64::MAX);
+        let flags = (libc::__WALL | libc::WNOHANG) as u64;
+        frozen.leader().syscall(libc::SYS_wait4, &[child, 0, flags, 0])?;
+    }
+    Ok(())
+}
+
+/// Whether a child was forked without a signal at its end, as servers do not and we do, and killed.
+fn is_dead_copy(child: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+    // proc_pid_stat(5): 3 is the state, 38 the signal, 52 the wait status.
+    let fields: Vec<&str> = stat.rsplit_once(") ").map_or("", |s| s.1).split_whitespace().collect();
+    let is = |n: usize, v: &str| fields.get(n - 3).is_some_and(|f| *f == v);
+    is(3, "Z") && is(38, "0") && is(52, "9")
 }
 
 /// What earlier updates left and nothing points into: looked for in everything that the process has.

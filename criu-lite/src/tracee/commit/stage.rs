@@ -3,7 +3,7 @@
 use super::area::{Map, Mapped, map};
 use super::layout::{Builder, Layout, Lists, State, control, written_pages};
 use super::outcome::{CommitError, Outcome};
-use super::plan::{CommitPlan, Context};
+use super::plan::{Call, CommitPlan, Context};
 use super::{place, rewind, sweep, wait};
 use crate::tracee::{Stop, fault, ptrace};
 use crate::{Frozen, TraceError};
@@ -85,6 +85,17 @@ pub struct Armed<'f> {
 
 /// Maps the staging area in the target and fills it: whatever may be slow or fail for lack of memory.
 pub fn stage<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>, CommitError> {
+    if !fault::spoiled() {
+        return stage_as_is(frozen, plan);
+    }
+    let mut plan = plan.clone();
+    if let Some(last) = plan.threads.last_mut() {
+        last.calls.push(Call::new(libc::SYS_epoll_ctl, &[u64::MAX, libc::EPOLL_CTL_DEL as u64, u64::MAX, 0]));
+    }
+    stage_as_is(frozen, &plan)
+}
+
+fn stage_as_is<'f>(frozen: &'f mut Frozen, plan: &CommitPlan) -> Result<Staged<'f>, CommitError> {
     let pid = frozen.pid();
     let wrong = |why: String| CommitError::Plan { pid, why };
     let trace = |source| CommitError::Trace { pid, source };
