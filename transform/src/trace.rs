@@ -404,47 +404,51 @@ impl<'a> Tracer<'a> {
 
     /// "sessions->next->name", shortened in the middle where it is long.
     pub fn path(&self, via: &Via) -> String {
-        let mut steps: Vec<String> = Vec::new();
+        // The chain first, then names: of a long list only its ends are shown.
+        let mut steps: Vec<(ObjId, u64)> = Vec::new();
         let mut at = via;
         let root = loop {
             match at {
-                Via::Root(name) => break name.clone(),
+                Via::Root(name) => break name.as_str(),
                 Via::Slot(id, offset) => {
-                    let o = &self.objs[*id as usize];
-                    let size = self.layouts.model.size_of(o.ty).max(1);
-                    let mut step = String::new();
-                    if o.count > 1 {
-                        step.push_str(&format!("[{}]", offset / size));
-                    }
-                    let field = self.layouts.field_path(o.ty, offset % size);
-                    if !field.is_empty() {
-                        let joint = match (o.root, o.count > 1 || field.starts_with('[')) {
-                            (_, true) if field.starts_with('[') => "",
-                            (true, _) | (_, true) => ".",
-                            _ => "->",
-                        };
-                        step.push_str(joint);
-                        step.push_str(&field);
-                    }
-                    steps.push(step);
-                    at = &o.via;
+                    steps.push((*id, *offset));
+                    at = &self.objs[*id as usize].via;
                     if steps.len() > 100_000 {
-                        break "…".into();
+                        break "…";
                     }
                 }
             }
         };
         let n = steps.len();
-        let mut out = root;
-        for (i, s) in steps.iter().rev().enumerate() {
+        let mut out = root.to_owned();
+        for (i, &(id, offset)) in steps.iter().rev().enumerate() {
             if n > 8 && i == 4 {
                 out.push_str(&format!("…({} steps)…", n - 6));
             }
             if n <= 8 || i < 4 || i >= n - 2 {
-                out.push_str(s);
+                self.step(id, offset, &mut out);
             }
         }
         out
+    }
+
+    /// "->next", "[3].name": one step of a path.
+    fn step(&self, id: ObjId, offset: u64, out: &mut String) {
+        let o = &self.objs[id as usize];
+        let size = self.layouts.model.size_of(o.ty).max(1);
+        if o.count > 1 {
+            out.push_str(&format!("[{}]", offset / size));
+        }
+        let field = self.layouts.field_path(o.ty, offset % size);
+        if !field.is_empty() {
+            let joint = match (o.root, o.count > 1 || field.starts_with('[')) {
+                (_, true) if field.starts_with('[') => "",
+                (true, _) | (_, true) => ".",
+                _ => "->",
+            };
+            out.push_str(joint);
+            out.push_str(&field);
+        }
     }
 
     /// Name of a type, for people.
