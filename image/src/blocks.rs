@@ -83,6 +83,12 @@ impl Memory for Blocks<'_> {
         Ok(())
     }
 
+    fn slice(&self, addr: Addr, len: usize) -> Option<&[u8]> {
+        let (start, bytes) = self.region(addr.0).and_then(|k| self.block(k, addr.0))?;
+        let from = (addr.0 - start) as usize;
+        bytes.get(from..from.checked_add(len)?)
+    }
+
     fn regions(&self) -> Vec<Region> {
         self.base.regions()
     }
@@ -121,10 +127,13 @@ mod tests {
         for (at, len) in
             [(0x1000, 8), (0xfffc, 8), (0x2_4ffc, 16), (0x5_2ff8, 8), (0x10_0800, 0x800), (0x1000, 0x5_2000)]
         {
-            assert_eq!(blocks.bytes(Addr(at), len).unwrap(), base.bytes(Addr(at), len).unwrap(), "{at:#x}");
+            let plain = base.bytes(Addr(at), len).unwrap();
+            assert_eq!(blocks.bytes(Addr(at), len).unwrap(), plain, "{at:#x}");
+            assert_eq!(blocks.view(Addr(at), len, &mut Vec::new()).unwrap(), plain, "{at:#x}");
         }
         for (at, len) in [(0xfff, 8), (0x5_2ffc, 8), (0x10_0ffc, 8), (0, 8)] {
             assert!(blocks.bytes(Addr(at), len).is_err(), "{at:#x}");
+            assert!(blocks.view(Addr(at), len, &mut Vec::new()).is_err(), "{at:#x}");
         }
         let before = base.0.load(Ordering::Relaxed);
         for _ in 0..100 {

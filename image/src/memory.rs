@@ -73,6 +73,23 @@ pub trait Memory: Send + Sync {
         Ok(())
     }
 
+    /// The bytes in place, where they are at hand in one piece: no copy is made.
+    fn slice(&self, addr: Addr, len: usize) -> Option<&[u8]> {
+        let _ = (addr, len);
+        None
+    }
+
+    /// The bytes in place, or read into `buf`.
+    fn view<'s>(&'s self, addr: Addr, len: usize, buf: &'s mut Vec<u8>) -> Result<&'s [u8], MemoryError> {
+        if let Some(s) = self.slice(addr, len) {
+            return Ok(s);
+        }
+        buf.clear();
+        buf.resize(len, 0);
+        self.read(addr, buf)?;
+        Ok(buf)
+    }
+
     /// Reads `len` bytes.
     fn bytes(&self, addr: Addr, len: usize) -> Result<Vec<u8>, MemoryError> {
         let mut v = vec![0; len];

@@ -5,16 +5,15 @@ use crate::types::{LayoutDiff, RecordKind, Type, TypeDiff, TypeId, TypeModel, Va
 use mcr_image::proto;
 use mcr_plugin::Rules;
 
-/// Runs `f` with the layout diff of two versions and its record for the patch.
-pub(crate) fn with<T>(
-    old: &TypeModel,
-    new: &TypeModel,
-    rules: &Rules,
-    f: impl FnOnce(&dyn Relayout, Vec<proto::TypeChange>) -> T,
-) -> T {
+/// The layout diff of two versions and its record for the patch.
+pub(crate) fn of<'m>(
+    old: &'m TypeModel,
+    new: &'m TypeModel,
+    rules: &'m Rules,
+) -> (Diff<'m>, Vec<proto::TypeChange>) {
     let diff = LayoutDiff::new(old, new, rules);
     let changes = diff.changes().iter().map(record).collect();
-    f(&Diff { diff }, changes)
+    (Diff { diff }, changes)
 }
 
 /// Rules about things that neither program has, as findings that refuse.
@@ -35,7 +34,8 @@ pub(crate) fn rule_mistakes(old: &TypeModel, new: &TypeModel, rules: &Rules) -> 
         .collect()
 }
 
-struct Diff<'m> {
+/// Two versions of a program, as the plan asks.
+pub(crate) struct Diff<'m> {
     diff: LayoutDiff<'m>,
 }
 

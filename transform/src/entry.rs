@@ -1,6 +1,9 @@
 //! The way in: an image, or a process standing still, and the new program.
 
+use crate::heap::GlibcHeap;
+use crate::layout::Layouts;
 use crate::plan::{NewProgram, OldState, plan_with_findings};
+use crate::resolve::Known;
 use crate::types::TypeModel;
 use crate::{TransformError, diff};
 use mcr_image::{DebugDirs, ElfFile, Image, Memory, ModuleMap, proto};
@@ -146,15 +149,57 @@ pub fn plan_loaded(
     loaded: &Loaded<'_>,
     options: &Options,
 ) -> Result<proto::Patch, TransformError> {
-    let exe = modules.exe().ok_or_else(|| TransformError::NoProgram {
-        path: process.exe_path.clone(),
-        key: process.modules.iter().find(|m| m.is_exe).map_or(String::new(), |m| m.key.clone()),
-    })?;
-    let old = OldState { process, memory, modules, elf: &exe.elf, types: loaded.old_types };
-    let target = NewProgram { path: loaded.path.clone(), elf: loaded.elf, types: loaded.types };
-    diff::with(loaded.old_types, loaded.types, &options.rules, |rl, changes| {
-        plan_with_findings(&old, &target, &options.rules, rl, changes)
-    })
+    Ok(Prepared::new(loaded, &options.rules).plan(process, memory, modules)?.0)
+}
+
+/// What an update's plan needs of the two programs, worked out once: a plan made with it again (in the pause,
+/// after a rehearsal) has only the process to look at.
+pub struct Prepared<'a> {
+    path: String,
+    new: &'a ElfFile,
+    types: &'a TypeModel,
+    old_types: &'a TypeModel,
+    pub(crate) rules: &'a Rules,
+    pub(crate) diff: diff::Diff<'a>,
+    pub(crate) changes: Vec<proto::TypeChange>,
+    pub(crate) layouts: Layouts<'a>,
+    pub(crate) known: Known,
+}
+
+impl<'a> Prepared<'a> {
+    /// Compares the two programs.
+    #[must_use]
+    pub fn new(loaded: &Loaded<'a>, rules: &'a Rules) -> Self {
+        let (diff, changes) = diff::of(loaded.old_types, loaded.types, rules);
+        Self {
+            path: loaded.path.clone(),
+            new: loaded.elf,
+            types: loaded.types,
+            old_types: loaded.old_types,
+            rules,
+            diff,
+            changes,
+            layouts: Layouts::new(loaded.old_types, rules),
+            known: Known::default(),
+        }
+    }
+
+    /// Plans the update of a process whose program is the old one. Refusals are among the patch's findings.
+    /// The heap that was read for it comes with the patch.
+    pub fn plan(
+        &self,
+        process: &proto::Process,
+        memory: &dyn Memory,
+        modules: &ModuleMap,
+    ) -> Result<(proto::Patch, GlibcHeap), TransformError> {
+        let exe = modules.exe().ok_or_else(|| TransformError::NoProgram {
+            path: process.exe_path.clone(),
+            key: process.modules.iter().find(|m| m.is_exe).map_or(String::new(), |m| m.key.clone()),
+        })?;
+        let old = OldState { process, memory, modules, elf: &exe.elf, types: self.old_types };
+        let new = NewProgram { path: self.path.clone(), elf: self.new, types: self.types };
+        plan_with_findings(&old, &new, self)
+    }
 }
 
 /// A patch whose findings hold a refusal is none.

@@ -2,9 +2,7 @@
 
 use crate::types::{RecordKind, SyncKind, Type, TypeId, TypeModel};
 use mcr_plugin::Rules;
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::rc::Rc;
+use std::sync::OnceLock;
 
 /// No type is flattened beyond this many slots; what lies behind stays opaque.
 const MAX_SLOTS: usize = 1 << 20;
@@ -47,29 +45,26 @@ pub(crate) struct Slots {
     pub tail: Option<(u64, TypeId)>,
 }
 
-/// Slots by type, computed once.
+/// Slots by type, computed once; may be asked by many threads.
 pub(crate) struct Layouts<'m> {
     pub model: &'m TypeModel,
     rules: &'m Rules,
-    cache: RefCell<HashMap<TypeId, Rc<Slots>>>,
+    cache: Vec<OnceLock<Slots>>,
 }
 
 impl<'m> Layouts<'m> {
     pub fn new(model: &'m TypeModel, rules: &'m Rules) -> Self {
-        Self { model, rules, cache: RefCell::default() }
+        Self { model, rules, cache: model.ids().map(|_| OnceLock::new()).collect() }
     }
 
-    pub fn of(&self, ty: TypeId) -> Rc<Slots> {
+    pub fn of(&self, ty: TypeId) -> &Slots {
         // pthread_t and friends are typedefs: the name decides, so the cache is by unresolved id.
-        if let Some(s) = self.cache.borrow().get(&ty) {
-            return Rc::clone(s);
-        }
-        let mut out = Slots::default();
-        self.flatten(ty, 0, &mut out, None, 0);
-        out.tail = crate::diff::tail(self.model, ty);
-        let out = Rc::new(out);
-        self.cache.borrow_mut().insert(ty, Rc::clone(&out));
-        out
+        self.cache[ty.0 as usize].get_or_init(|| {
+            let mut out = Slots::default();
+            self.flatten(ty, 0, &mut out, None, 0);
+            out.tail = crate::diff::tail(self.model, ty);
+            out
+        })
     }
 
     fn flatten(&self, ty: TypeId, at: u64, out: &mut Slots, named: Option<&str>, depth: u32) {

@@ -18,8 +18,8 @@ mod trace;
 pub mod types;
 
 pub use entry::{
-    Loaded, Options, image_modules, plan_loaded, plan_process, refuse, transform, transform_process,
-    transform_with_findings,
+    Loaded, Options, Prepared, image_modules, plan_loaded, plan_process, refuse, transform,
+    transform_process, transform_with_findings,
 };
 pub use error::{Refusal, TransformError};
 pub use patch::PatchedMemory;

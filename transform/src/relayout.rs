@@ -23,7 +23,7 @@ pub(crate) struct Problem {
 }
 
 /// How layouts change between the two versions.
-pub(crate) trait Relayout {
+pub(crate) trait Relayout: Sync {
     /// The new version's type of that name (and kind).
     fn pair(&self, old: TypeId) -> Option<TypeId>;
     /// Objects of the type have other bytes in the new version (transitively, by value).

@@ -6,9 +6,8 @@ use crate::types::{Type, TypeId, TypeModel, VarPlace, Variable};
 use mcr_image::elf::SectionKind;
 use mcr_image::{Addr, ElfFile, LinkAddr};
 use mcr_plugin::Rules;
-use std::cell::RefCell;
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// What an address in the old program means for the new one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +31,13 @@ pub(crate) enum Elements {
     Unknown(String),
 }
 
+/// Answers that hold for a pair of programs, wherever they are mapped.
+#[derive(Default)]
+pub(crate) struct Known {
+    targets: RwLock<HashMap<LinkAddr, Target>>,
+    elements: RwLock<HashMap<LinkAddr, Arc<Elements>>>,
+}
+
 pub(crate) struct Resolver<'a> {
     pub old_elf: &'a ElfFile,
     pub new_elf: &'a ElfFile,
@@ -40,8 +46,7 @@ pub(crate) struct Resolver<'a> {
     pub bias: u64,
     pub rules: &'a Rules,
     pub layouts: &'a dyn Relayout,
-    cache: RefCell<HashMap<u64, Target>>,
-    elements: RefCell<HashMap<u64, Rc<Elements>>>,
+    pub known: &'a Known,
 }
 
 impl<'a> Resolver<'a> {
@@ -52,19 +57,19 @@ impl<'a> Resolver<'a> {
         bias: u64,
         rules: &'a Rules,
         layouts: &'a dyn Relayout,
+        known: &'a Known,
     ) -> Self {
-        let (cache, elements) = (RefCell::default(), RefCell::default());
-        Self { old_elf, new_elf, old, new, bias, rules, layouts, cache, elements }
+        Self { old_elf, new_elf, old, new, bias, rules, layouts, known }
     }
 
     /// Resolves an address inside the old program; `want`: the pointee's type where the pointer is typed.
     pub fn resolve(&self, addr: u64, want: Option<TypeId>) -> Target {
+        let link = LinkAddr(addr.wrapping_sub(self.bias));
         if want.is_none()
-            && let Some(t) = self.cache.borrow().get(&addr)
+            && let Some(t) = self.known.targets.read().unwrap_or_else(PoisonError::into_inner).get(&link)
         {
             return t.clone();
         }
-        let link = LinkAddr(addr.wrapping_sub(self.bias));
         let kind = self.old_elf.section_kind(link);
         let out = match kind {
             SectionKind::Text | SectionKind::Plt => self.function(link),
@@ -76,7 +81,7 @@ impl<'a> Resolver<'a> {
             _ => Target::Unresolved(format!("{link} is in no code, data or constant of the program")),
         };
         if want.is_none() {
-            self.cache.borrow_mut().insert(addr, out.clone());
+            self.known.targets.write().unwrap_or_else(PoisonError::into_inner).insert(link, out.clone());
         }
         out
     }
@@ -235,13 +240,13 @@ impl<'a> Resolver<'a> {
     }
 
     /// How the elements of two arrays correspond, by what the two files say they contain at the start.
-    pub fn elements(&self, old: &Variable, new: &Variable) -> Rc<Elements> {
-        let key = old.place.link().unwrap_or_default().0;
-        if let Some(e) = self.elements.borrow().get(&key) {
-            return Rc::clone(e);
+    pub fn elements(&self, old: &Variable, new: &Variable) -> Arc<Elements> {
+        let key = old.place.link().unwrap_or_default();
+        if let Some(e) = self.known.elements.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Arc::clone(e);
         }
-        let e = Rc::new(self.find_elements(old, new));
-        self.elements.borrow_mut().insert(key, Rc::clone(&e));
+        let e = Arc::new(self.find_elements(old, new));
+        self.known.elements.write().unwrap_or_else(PoisonError::into_inner).insert(key, Arc::clone(&e));
         e
     }
 

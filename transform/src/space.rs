@@ -94,6 +94,20 @@ impl<'a> Space<'a> {
 
     /// What an address belongs to.
     pub fn spot(&self, addr: u64) -> Spot {
+        let spot = self.outside(addr);
+        if spot == Spot::Other {
+            if let Some(i) = self.heap.index(Addr(addr)) {
+                return Spot::Chunk(i);
+            }
+            if self.heap.segment(Addr(addr)).is_some() {
+                return Spot::HeapGap;
+            }
+        }
+        spot
+    }
+
+    /// As [`Self::spot`] for all but the heap, which is `Other` here: cheaper.
+    pub fn outside(&self, addr: u64) -> Spot {
         let n = self.maps.partition_point(|m| m.0.start <= addr);
         let Some((range, spot)) = n.checked_sub(1).map(|i| &self.maps[i]) else { return Spot::Unmapped };
         if !range.contains(&addr) {
@@ -101,14 +115,6 @@ impl<'a> Space<'a> {
         }
         if let Some((r, i)) = self.tls.iter().find(|t| t.0.contains(&addr)) {
             return Spot::Tls(*i, addr - r.start);
-        }
-        if *spot == Spot::Other {
-            if let Some(i) = self.heap.index(Addr(addr)) {
-                return Spot::Chunk(i);
-            }
-            if self.heap.segment(Addr(addr)).is_some() {
-                return Spot::HeapGap;
-            }
         }
         *spot
     }

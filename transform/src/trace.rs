@@ -155,7 +155,8 @@ impl<'a> Tracer<'a> {
         let o = &self.objs[id as usize];
         let size = self.layouts.model.size_of(o.ty);
         let (ty, count) = (o.ty, o.count);
-        let slots = self.layouts.of(ty);
+        let layouts = self.layouts;
+        let slots = layouts.of(ty);
         for i in first..count {
             for s in &slots.slots {
                 let SlotKind::Pointer(to) = s.kind else { continue };
@@ -172,7 +173,8 @@ impl<'a> Tracer<'a> {
     /// A flexible array at the end of a chunk: pointers in it are weak claims, as far as they fit.
     fn follow_tail(&mut self, id: ObjId, bytes: &[u8], at: u64, element: TypeId) {
         let size = self.layouts.model.size_of(element);
-        let slots = self.layouts.of(element);
+        let layouts = self.layouts;
+        let slots = layouts.of(element);
         if size == 0 || slots.slots.is_empty() {
             return;
         }

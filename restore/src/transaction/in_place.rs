@@ -3,7 +3,7 @@
 
 use super::clock::Clock;
 use super::make::{Files, Old, join};
-use super::programs::{Programs, old_program};
+use super::programs::{Programs, old_program, plan};
 use super::rehearse::{Rehearsal, rehearse};
 use super::{UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
 use crate::boot::fates;
@@ -13,7 +13,7 @@ use crate::link::Span;
 use mcr_criu_lite::tracee::commit;
 use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen};
 use mcr_image::{Blocks, ElfFile, Fd, Memory, Pid, proto};
-use mcr_transform::heap::GlibcHeap;
+use mcr_transform::Prepared;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -28,17 +28,18 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     options.tell("reading both programs");
     let program = old_program(pid)?;
     let programs = Programs::read(new, &program, options)?;
+    let prepared = programs.prepare(options);
     clock.lap("read programs", false);
     let mut last = None;
     for _ in 0..REHEARSALS {
         clock.rehearsal_begins();
-        let mut rehearsal = rehearse(pid, &program, &programs, options, &mut clock)?;
+        let mut rehearsal = rehearse(pid, &program, (&programs, &prepared), options, &mut clock)?;
         clock.pause_begins();
         if options.dry_run {
             let Rehearsal { outcome, list, patch, .. } = rehearsal;
             return Ok(report(pid, pid, true, clock, &outcome, list, patch, Vec::new()));
         }
-        match change(pid, &program, &programs, options, &mut rehearsal, &mut clock) {
+        match change(pid, &program, (&programs, &prepared), options, &mut rehearsal, &mut clock) {
             Err(UpdateError::Stale(s)) => last = Some(s),
             Err(e) => return Err(e),
             Ok(Changed { list, patch, mut findings, constants }) => {
@@ -87,7 +88,7 @@ fn same_threads(then: &proto::Process, now: &proto::Process) -> Result<(), Stale
 fn change(
     pid: Pid,
     program: &ElfFile,
-    programs: &Programs,
+    (programs, prepared): (&Programs, &Prepared<'_>),
     options: &UpdateOptions,
     rehearsal: &mut Rehearsal,
     clock: &mut Clock,
@@ -121,12 +122,7 @@ fn change(
     living.refresh();
     let memory = Blocks::new(&*living);
     let modules = Arc::clone(&collected.modules);
-    let (patch, heap) = std::thread::scope(|s| {
-        let heap = s.spawn(|| GlibcHeap::read(&memory, &process.threads, &process.vmas));
-        (programs.plan(process, &memory, &modules, options), heap.join())
-    });
-    let patch = patch?;
-    let heap = heap.ok().and_then(Result::ok);
+    let (patch, heap) = plan(prepared, process, &memory, &modules)?;
     clock.lap("plan", true);
 
     let fates = fates(&process.vmas, process, &modules, &memory);
@@ -134,7 +130,7 @@ fn change(
     let none = Files::new();
     let old = Old { process, modules: &modules, memory: &memory, patch: &patch, files: &none };
     let view = Laid { native: &booted.native, host: &host_memory, old: &memory };
-    let list = join(&view, &booted, &outcome.modules, &old, heap.as_ref(), programs)?;
+    let list = join(&view, &booted, &outcome.modules, &old, Some(&heap), programs)?;
     clock.lap("link", true);
 
     let (actions, mut findings) = hand::handlers(process, &modules, &outcome.modules, &outcome.booted);

@@ -3,7 +3,9 @@
 use super::{UpdateError, UpdateOptions};
 use mcr_criu_lite::{ProcessMemory, modules};
 use mcr_image::{ElfFile, Memory, ModuleMap, Pid, proto};
+use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::TypeModel;
+use mcr_transform::{Loaded, Prepared};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -37,15 +39,30 @@ impl Programs {
         modules: &ModuleMap,
         options: &UpdateOptions,
     ) -> Result<proto::Patch, UpdateError> {
-        let loaded = mcr_transform::Loaded {
+        Ok(plan(&self.prepare(options), process, memory, modules)?.0)
+    }
+
+    /// What plans need of both programs, for more than one plan.
+    pub(super) fn prepare<'a>(&'a self, options: &'a UpdateOptions) -> Prepared<'a> {
+        let loaded = Loaded {
             path: self.new_path.display().to_string(),
             elf: &self.new,
             types: &self.types,
             old_types: &self.old_types,
         };
-        let patch = mcr_transform::plan_loaded(process, memory, modules, &loaded, &options.transform)?;
-        Ok(mcr_transform::refuse(patch)?)
+        Prepared::new(&loaded, &options.transform.rules)
     }
+}
+
+/// The plan, refused if anything stands in its way, and old's heap.
+pub(super) fn plan(
+    prepared: &Prepared<'_>,
+    process: &proto::Process,
+    memory: &dyn Memory,
+    modules: &ModuleMap,
+) -> Result<(proto::Patch, GlibcHeap), UpdateError> {
+    let (patch, heap) = prepared.plan(process, memory, modules)?;
+    Ok((mcr_transform::refuse(patch)?, heap))
 }
 
 /// The program of a running process, read (with all its libraries) before the process is stopped.

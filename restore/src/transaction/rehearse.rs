@@ -2,13 +2,14 @@
 
 use super::clock::Clock;
 use super::make::{Files, Guard, Old, join, start};
-use super::programs::Programs;
+use super::programs::{Programs, plan};
 use super::{History, UpdateError, UpdateOptions};
 use crate::boot::{BootOutcome, Fate, Host, fates};
 use crate::inplace::{leftovers, refreshed};
 use crate::link::{Span, WriteList};
 use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
+use mcr_transform::Prepared;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -91,7 +92,7 @@ impl Memory for AsCopied {
 pub(super) fn rehearse(
     pid: Pid,
     program: &ElfFile,
-    programs: &Programs,
+    (programs, prepared): (&Programs, &Prepared<'_>),
     options: &UpdateOptions,
     clock: &mut Clock,
 ) -> Result<Rehearsal, UpdateError> {
@@ -130,7 +131,7 @@ pub(super) fn rehearse(
     let history = History::load(pid);
     let unreferenced = unreferenced(&history, &process, &memory, child)?;
     options.tell("planning");
-    let patch = programs.plan(&process, &memory, &modules, options)?;
+    let (patch, _) = plan(prepared, &process, &memory, &modules)?;
     clock.lap("plan", false);
     let none = Files::new();
     let old = Old { process: &process, modules: &modules, memory: &memory, patch: &patch, files: &none };

@@ -1,5 +1,6 @@
 //! The heap of a process under glibc's malloc.
 
+use super::index::Index;
 use super::lists::Linking;
 use super::{Arena, Chunk, ChunkState, HeapError, Segment, Tcache, arena, lists, segments, tcache};
 use mcr_image::{Addr, Memory, ModuleMap, proto};
@@ -19,6 +20,7 @@ pub struct GlibcHeap {
     pub safe_linking: Option<bool>,
     /// "glibc-2.36", or "glibc" where the version could not be read.
     pub version: String,
+    index: Index,
 }
 
 impl GlibcHeap {
@@ -56,6 +58,7 @@ impl GlibcHeap {
             lists::fastbins(mem, a, i as u16, &mut found.chunks, &mut linking)?;
         }
         let tcaches = tcache::find(mem, &arenas, threads, &mut found.chunks, &mut linking)?;
+        let index = Index::new(&found.chunks, &found.segments);
         Ok(Self {
             chunks: found.chunks,
             arenas,
@@ -63,6 +66,7 @@ impl GlibcHeap {
             tcaches,
             safe_linking: linking.known,
             version: version(mem, vmas),
+            index,
         })
     }
 
@@ -75,7 +79,8 @@ impl GlibcHeap {
     /// Index in `chunks` of the chunk that contains `addr`.
     #[must_use]
     pub fn index(&self, addr: Addr) -> Option<usize> {
-        let after = self.chunks.partition_point(|c| c.addr <= addr);
+        let near = self.index.near(&self.segments, addr).unwrap_or(0..self.chunks.len());
+        let after = near.start + self.chunks[near].partition_point(|c| c.addr <= addr);
         let i = after.checked_sub(1)?;
         (addr < self.chunks[i].end()).then_some(i)
     }

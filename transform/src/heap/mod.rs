@@ -3,6 +3,7 @@
 mod arena;
 mod error;
 mod glibc;
+mod index;
 mod lists;
 mod segments;
 mod tcache;

@@ -71,7 +71,7 @@ impl Fixer<'_> {
                 }
             };
         }
-        match self.space.spot(v) {
+        match self.space.outside(v) {
             Spot::Stack(t) => self.stack(v, t),
             Spot::Tls(t, offset) => self.tls(t, offset),
             _ => NewWord::Same,

@@ -12,14 +12,13 @@ mod untyped;
 mod words;
 
 use crate::heap::GlibcHeap;
-use crate::layout::Layouts;
 use crate::reach::Reach;
 use crate::relayout::Relayout;
 use crate::resolve::Resolver;
 use crate::space::Space;
 use crate::trace::Tracer;
 use crate::types::TypeModel;
-use crate::{Refusal, TransformError};
+use crate::{Prepared, Refusal, TransformError};
 pub(crate) use carry::Fix;
 use findings::Findings;
 use fix::Fixer;
@@ -85,15 +84,13 @@ pub fn refusal(patch: &proto::Patch) -> Option<Refusal> {
     findings::refusal(&patch.findings)
 }
 
-/// Plans the update; refusals are among the patch's findings. `changes` is what the layout diff says, for the
-/// record; its counts of live objects are filled in here.
+/// Plans the update; refusals are among the patch's findings. Also the old heap.
 pub(crate) fn plan_with_findings(
     old: &OldState<'_>,
     new: &NewProgram<'_>,
-    rules: &Rules,
-    rl: &dyn Relayout,
-    changes: Vec<proto::TypeChange>,
-) -> Result<proto::Patch, TransformError> {
+    prepared: &Prepared<'_>,
+) -> Result<(proto::Patch, GlibcHeap), TransformError> {
+    let (rules, rl, layouts) = (prepared.rules, &prepared.diff as &dyn Relayout, &prepared.layouts);
     let exe = old.modules.exe().ok_or_else(|| TransformError::NoProgram {
         path: old.process.exe_path.clone(),
         key: String::new(),
@@ -111,7 +108,7 @@ pub(crate) fn plan_with_findings(
             new_path: new.path.clone(),
             new_build_id: new.elf.build_id().unwrap_or_default().to_vec(),
             old_base: exe.bias.0,
-            changes,
+            changes: prepared.changes.clone(),
             ..proto::Patch::default()
         },
         findings: Findings::default(),
@@ -125,9 +122,9 @@ pub(crate) fn plan_with_findings(
     w.phase("heap", t);
 
     let t = Instant::now();
-    let layouts = Layouts::new(old.types, rules);
-    let resolver = Resolver::new(old.elf, new.elf, (old.types, new.types), w.bias, rules, rl);
-    let mut tracer = Tracer::new(old.memory, &space, &layouts);
+    let resolver =
+        Resolver::new(old.elf, new.elf, (old.types, new.types), w.bias, rules, rl, &prepared.known);
+    let mut tracer = Tracer::new(old.memory, &space, layouts);
     let roots = roots::find(&mut w, &resolver, &mut tracer);
     tracer.run();
     w.phase("trace", t);
@@ -154,7 +151,7 @@ pub(crate) fn plan_with_findings(
         arguments: old.process.mm.as_ref().map_or(0, |m| m.start_stack),
         tls_vars: &roots.tls_vars,
     };
-    roots::carry(&mut w, &fixer, &layouts, &roots);
+    roots::carry(&mut w, &fixer, layouts, &roots);
     let done = words::heap_objects(&mut w, &fixer, &tracer);
     w.phase("pointers", t);
 
@@ -174,7 +171,8 @@ pub(crate) fn plan_with_findings(
     w.stats().objects_opaque = heap.in_use().count().saturating_sub(tracer.heap_objects().count()) as u64;
     let findings = std::mem::take(&mut w.findings);
     w.patch.findings = findings.finish();
-    Ok(w.patch)
+    let patch = w.patch;
+    Ok((patch, heap))
 }
 
 /// Reads bytes of the old process, `None` where they are not mapped.
