@@ -99,6 +99,9 @@ pub trait Memory: Send + Sync {
 
     /// Reads a little-endian 64-bit word.
     fn u64(&self, addr: Addr) -> Result<u64, MemoryError> {
+        if let Some(b) = self.slice(addr, 8).and_then(|s| s.try_into().ok()) {
+            return Ok(u64::from_le_bytes(b));
+        }
         let mut b = [0; 8];
         self.read(addr, &mut b)?;
         Ok(u64::from_le_bytes(b))

@@ -1,6 +1,6 @@
 //! The way in: an image, or a process standing still, and the new program.
 
-use crate::heap::GlibcHeap;
+use crate::heap::{self, GlibcHeap};
 use crate::layout::Layouts;
 use crate::plan::{NewProgram, OldState, plan_with_findings};
 use crate::resolve::Known;
@@ -9,7 +9,7 @@ use crate::{TransformError, diff};
 use mcr_image::{DebugDirs, ElfFile, Image, Memory, ModuleMap, proto};
 use mcr_plugin::Rules;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// What a transform may use beside the two programs.
@@ -164,9 +164,31 @@ pub struct Prepared<'a> {
     pub(crate) changes: Vec<proto::TypeChange>,
     pub(crate) layouts: Layouts<'a>,
     pub(crate) known: Known,
+    /// The allocator's place in the last process that was planned for, with that libc's place and build-id.
+    heap: Mutex<Option<(LibcAt, heap::Known)>>,
+}
+
+/// Where a libc is mapped, and which one it is.
+type LibcAt = (mcr_image::Addr, Vec<u8>);
+
+fn libc_at(modules: &ModuleMap) -> Option<LibcAt> {
+    let libc = modules.libc()?;
+    Some((libc.bias, libc.build_id()?.to_vec()))
 }
 
 impl<'a> Prepared<'a> {
+    /// What an earlier plan found out about the allocator, if libc is the same at the same place.
+    pub(crate) fn known_heap(&self, modules: &ModuleMap) -> Option<heap::Known> {
+        let at = libc_at(modules)?;
+        let last = self.heap.lock().unwrap_or_else(PoisonError::into_inner);
+        last.as_ref().filter(|l| l.0 == at).map(|l| l.1.clone())
+    }
+
+    pub(crate) fn learn_heap(&self, modules: &ModuleMap, heap: &GlibcHeap) {
+        let next = libc_at(modules).zip(heap.known());
+        *self.heap.lock().unwrap_or_else(PoisonError::into_inner) = next;
+    }
+
     /// Compares the two programs.
     #[must_use]
     pub fn new(loaded: &Loaded<'a>, rules: &'a Rules) -> Self {
@@ -181,6 +203,7 @@ impl<'a> Prepared<'a> {
             changes,
             layouts: Layouts::new(loaded.old_types, rules),
             known: Known::default(),
+            heap: Mutex::new(None),
         }
     }
 

@@ -7,6 +7,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 const BLOCK: u64 = 4 << 20;
+/// How much of a memory that is at hand is looked at in one piece.
+const PIECE: u64 = 64 << 10;
 
 /// Which values are wanted.
 pub(crate) struct Wanted<'a> {
@@ -49,6 +51,11 @@ pub(crate) fn scan(mem: &dyn Memory, places: &[Range<u64>], wanted: &Wanted<'_>)
                 let mut mine = Hits::default();
                 let mut buf = Vec::new();
                 while let Some(b) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    bytes.fetch_add(b.end - b.start, Ordering::Relaxed);
+                    let b = &in_place(mem, b, wanted, &mut mine);
+                    if b.is_empty() {
+                        continue;
+                    }
                     // Seven bytes more, so that an unaligned word over the border is seen.
                     let more = if wanted.hidden.is_empty() { 0 } else { 7 };
                     buf.resize((b.end - b.start + more) as usize, 0);
@@ -61,7 +68,6 @@ pub(crate) fn scan(mem: &dyn Memory, places: &[Range<u64>], wanted: &Wanted<'_>)
                         Some(n) => words(b.start, &buf[..n], b.end, wanted, &mut mine),
                         None => pages(mem, b, wanted, &mut mine),
                     }
-                    bytes.fetch_add(b.end - b.start, Ordering::Relaxed);
                 }
                 let mut all = out.lock().expect("no panic while held");
                 all.aligned.append(&mut mine.aligned);
@@ -74,6 +80,26 @@ pub(crate) fn scan(mem: &dyn Memory, places: &[Range<u64>], wanted: &Wanted<'_>)
     out.aligned.sort_unstable();
     out.unaligned.sort_unstable();
     out
+}
+
+/// Looks at what is at hand without a copy, from the start of the block on. Returns the rest.
+fn in_place(mem: &dyn Memory, block: &Range<u64>, wanted: &Wanted<'_>, out: &mut Hits) -> Range<u64> {
+    let mut at = block.start;
+    while at < block.end {
+        let end = ((at / PIECE + 1) * PIECE).min(block.end);
+        let Some(raw) = mem.slice(Addr(at), (end - at) as usize) else { break };
+        words(at, raw, end, wanted, out);
+        // Unaligned words over the border.
+        if !wanted.hidden.is_empty() && raw.len() >= 7 {
+            let mut border = raw[raw.len() - 7..].to_vec();
+            border.resize(14, 0);
+            if mem.read(Addr(end), &mut border[7..]).is_ok() {
+                hidden(end - 7, &border, wanted, out);
+            }
+        }
+        at = end;
+    }
+    at..block.end
 }
 
 fn pages(mem: &dyn Memory, block: &Range<u64>, wanted: &Wanted<'_>, out: &mut Hits) {
@@ -113,6 +139,11 @@ fn words(start: u64, bytes: &[u8], end: u64, wanted: &Wanted<'_>, out: &mut Hits
             }
         }
     }
+    hidden(start, bytes, wanted, out);
+}
+
+/// Looks at unaligned words.
+fn hidden(start: u64, bytes: &[u8], wanted: &Wanted<'_>, out: &mut Hits) {
     let range = &wanted.hidden;
     if range.is_empty() || bytes.len() < 8 {
         return;
@@ -143,7 +174,8 @@ mod tests {
             Ok(())
         }
         fn regions(&self) -> Vec<Region> {
-            Vec::new()
+            let (start, end) = (Addr(self.0), Addr(self.0 + self.1.len() as u64));
+            vec![Region { start, end, prot: 3, name: String::new() }]
         }
     }
 
@@ -166,6 +198,16 @@ mod tests {
         assert_eq!(hits.unaligned.len(), 2, "{:x?}", hits.unaligned);
         assert_eq!(hits.unaligned[0], (0x10203, 0x5555_0000_1008));
         assert_eq!(hits.bytes, 9 << 20);
+
+        // The same where the bytes are looked at in place.
+        put(&mut m, (2 << 20) - 5, 0x5555_0000_1018); // over the border of two pieces
+        let blocks = mcr_image::Blocks::new(&m);
+        let wanted = Wanted { ranges: wanted.ranges.clone(), hidden: wanted.hidden.clone(), ..wanted };
+        let (there, here) = (scan(&m, &places, &wanted), scan(&blocks, &places, &wanted));
+        assert!(blocks.slice(Addr(0x10000), 8).is_some(), "at hand");
+        assert_eq!(there.unaligned.len(), 3);
+        assert_eq!((here.aligned, here.unaligned), (there.aligned, there.unaligned));
+        assert_eq!(here.bytes, 9 << 20);
     }
 
     #[test]

@@ -42,7 +42,16 @@ pub(crate) struct Obj {
     pub unexplained: u64,
     /// It is a root: a global, a thread-local or a local. Its bytes are not in the heap.
     pub root: bool,
+    /// Steps from the root.
+    depth: u32,
+    /// The object on the way that is [`HEAD`] steps from the root.
+    head: ObjId,
 }
+
+/// How many steps at the root's end a long path shows.
+const HEAD: u32 = 4;
+/// Paths up to this length are shown whole.
+const WHOLE: u32 = 8;
 
 /// Two types for one place.
 #[derive(Clone, Debug)]
@@ -111,6 +120,8 @@ impl<'a> Tracer<'a> {
             dead: false,
             unexplained: 0,
             root: true,
+            depth: 0,
+            head: id,
         });
         self.follow(id, bytes, 0, weak);
         id
@@ -250,22 +261,27 @@ impl<'a> Tracer<'a> {
             }
             return;
         }
-        let Ok(bytes) = self.memory.bytes(Addr(c.addr), extent_to_read(room, chunk.is_some(), size, fixed))
-        else {
-            return;
-        };
+        let memory = self.memory;
+        let mut buf = Vec::new();
+        let len = extent_to_read(room, chunk.is_some(), size, fixed);
+        let Ok(bytes) = memory.view(Addr(c.addr), len, &mut buf) else { return };
         if c.weak && !self.fits(element, &bytes[..size as usize], false) {
             return;
         }
         let (count, unexplained) = match (chunk, fixed) {
             (_, Some(n)) => (n.min(room / size), 0),
             (None, None) => (1, 0),
-            (Some(_), None) => self.count(element, size, &bytes, room),
+            (Some(_), None) => self.count(element, size, bytes, room),
         };
         if self.swallow(&c, element, count * size) {
             return;
         }
         let id = self.objs.len() as ObjId;
+        let depth = self.steps(&c.via);
+        let head = match &c.via {
+            Via::Slot(from, _) if depth > HEAD => self.objs[*from as usize].head,
+            _ => id,
+        };
         self.objs.push(Obj {
             addr: c.addr,
             ty: element,
@@ -276,16 +292,18 @@ impl<'a> Tracer<'a> {
             dead: false,
             unexplained,
             root: false,
+            depth,
+            head,
         });
         self.by_addr.insert(c.addr, id);
         let one = self.is_pointer(element);
         if one {
             // An array of pointers: no element is better known than another.
-            self.follow(id, &bytes, 0, true);
+            self.follow(id, bytes, 0, true);
         } else {
-            self.follow(id, &bytes, 1, true);
+            self.follow(id, bytes, 1, true);
             let whole = std::mem::replace(&mut self.objs[id as usize].count, 1);
-            self.follow(id, &bytes, 0, c.weak);
+            self.follow(id, bytes, 0, c.weak);
             self.objs[id as usize].count = whole;
         }
     }
@@ -404,34 +422,50 @@ impl<'a> Tracer<'a> {
         }
     }
 
+    /// How many slots lie between a root and a place.
+    fn steps(&self, via: &Via) -> u32 {
+        match via {
+            Via::Root(_) => 0,
+            Via::Slot(id, _) => self.objs[*id as usize].depth + 1,
+        }
+    }
+
     /// "sessions->next->name", shortened in the middle where it is long.
     pub fn path(&self, via: &Via) -> String {
-        // The chain first, then names: of a long list only its ends are shown.
+        let mut out = String::new();
+        match via {
+            Via::Slot(id, offset) if self.steps(via) > WHOLE => {
+                // A list may be long: its middle is not even walked.
+                let last = &self.objs[*id as usize];
+                self.chain(&self.objs[last.head as usize].via, &mut out);
+                out.push_str(&format!("…({} steps)…", self.steps(via) - HEAD - 2));
+                if let Via::Slot(before, at) = &last.via {
+                    self.step(*before, *at, &mut out);
+                }
+                self.step(*id, *offset, &mut out);
+            }
+            _ => self.chain(via, &mut out),
+        }
+        out
+    }
+
+    /// A whole path.
+    fn chain(&self, via: &Via, out: &mut String) {
         let mut steps: Vec<(ObjId, u64)> = Vec::new();
         let mut at = via;
         let root = loop {
             match at {
-                Via::Root(name) => break name.as_str(),
+                Via::Root(name) => break name,
                 Via::Slot(id, offset) => {
                     steps.push((*id, *offset));
                     at = &self.objs[*id as usize].via;
-                    if steps.len() > 100_000 {
-                        break "…";
-                    }
                 }
             }
         };
-        let n = steps.len();
-        let mut out = root.to_owned();
-        for (i, &(id, offset)) in steps.iter().rev().enumerate() {
-            if n > 8 && i == 4 {
-                out.push_str(&format!("…({} steps)…", n - 6));
-            }
-            if n <= 8 || i < 4 || i >= n - 2 {
-                self.step(id, offset, &mut out);
-            }
+        out.push_str(root);
+        for &(id, offset) in steps.iter().rev() {
+            self.step(id, offset, out);
         }
-        out
     }
 
     /// "->next", "[3].name": one step of a path.

@@ -43,6 +43,15 @@ impl Memory for Laid<'_> {
         Ok(())
     }
 
+    fn slice(&self, addr: Addr, len: usize) -> Option<&[u8]> {
+        let end = Addr(addr.0.checked_add(len as u64)?);
+        match self.part(addr, end) {
+            (to, true) if to == end => self.host.slice(addr, len),
+            (to, false) if to == end => self.old.slice(addr, len),
+            _ => None,
+        }
+    }
+
     fn regions(&self) -> Vec<Region> {
         let mut out = Vec::new();
         for (memory, host) in [(self.host, true), (self.old, false)] {

@@ -88,8 +88,9 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     };
     headers_are_whole(patch, old_heap)?;
     let native_threads = heap_threads(booted);
-    let native_heap = GlibcHeap::read(input.host, &native_threads, &native_vmas(booted))
-        .map_err(|e| heap_refusal("new", &e.to_string()))?;
+    let native_heap =
+        GlibcHeap::read_again(input.host, &native_threads, &native_vmas(booted), old_heap.known().as_ref())
+            .map_err(|e| heap_refusal("new", &e.to_string()))?;
 
     let frames: Vec<(Tid, Vec<Frame>)> =
         booted.threads.iter().map(|t| (t.tid, unwind(input.modules, input.host, &t.regs).frames)).collect();
@@ -117,7 +118,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         stats: LinkStats::default(),
     };
     for c in pairs.chunks() {
-        if let pairs::Verdict::Paired(p) = pairs.verdict(c) {
+        if let Some(p) = pairs.paired(c) {
             state.stats.pairs += 1;
             state.stats.strong_pairs += usize::from(p.evidence == Evidence::Direct);
         }
@@ -213,7 +214,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     if heap_used && (cfg!(debug_assertions) || old_heap.chunks.len() < FULL_WALK) {
         let mut vmas = booted.vmas.clone();
         scan::add_regions(&mut vmas, &regions);
-        GlibcHeap::read(&state.out, &native_threads, &vmas)
+        GlibcHeap::read_again(&state.out, &native_threads, &vmas, old_heap.known().as_ref())
             .map_err(|e| heap_refusal("joined", &e.to_string()))?;
     }
     Ok(finish(input, state, calls))

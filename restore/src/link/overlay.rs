@@ -23,30 +23,32 @@ impl<'a> Overlay<'a> {
             return;
         }
         let (start, end) = (addr.0, addr.0 + bytes.len() as u64);
-        // A run that begins at or before `start` and touches it takes the bytes; runs that overlap are cut.
-        let hit: Vec<u64> = self
-            .runs
-            .range(..end)
-            .rev()
-            .take_while(|(s, b)| **s + b.len() as u64 >= start || **s >= start)
-            .map(|(s, _)| *s)
-            .collect();
-        let (mut new_start, mut data) = (start, bytes.to_vec());
-        for s in hit {
-            let old = self.runs.remove(&s).unwrap_or_default();
-            let old_end = s + old.len() as u64;
-            if old_end > new_start + data.len() as u64 {
-                let from = (new_start + data.len() as u64 - s) as usize;
-                data.extend_from_slice(&old[from..]);
+        // A run that begins at or before `start` and touches it takes the bytes; later ones that it reaches
+        // now are joined to it.
+        let last = self.runs.range_mut(..=start).next_back().filter(|(s, b)| **s + b.len() as u64 >= start);
+        let first = match last {
+            Some((&s, run)) => {
+                let (from, to) = ((start - s) as usize, (end - s) as usize);
+                if run.len() < to {
+                    run.resize(to, 0);
+                }
+                run[from..to].copy_from_slice(bytes);
+                s
             }
-            if s < new_start {
-                let mut joined = old[..(new_start - s) as usize].to_vec();
-                joined.extend_from_slice(&data);
-                data = joined;
-                new_start = s;
+            None => {
+                self.runs.insert(start, bytes.to_vec());
+                start
+            }
+        };
+        // Disjoint from the first one until now, so that what they have behind `end` follows it.
+        let later: Vec<u64> = self.runs.range(start + 1..end).map(|(s, _)| *s).collect();
+        for s in later {
+            let run = self.runs.remove(&s).unwrap_or_default();
+            let tail = run.get((end - s) as usize..).unwrap_or_default();
+            if let Some(joined) = self.runs.get_mut(&first) {
+                joined.extend_from_slice(tail);
             }
         }
-        self.runs.insert(new_start, data);
     }
 
     /// Lays a 64-bit word over `addr`.
@@ -104,6 +106,17 @@ impl Memory for Overlay<'_> {
             }
         }
         Ok(())
+    }
+
+    fn slice(&self, addr: Addr, len: usize) -> Option<&[u8]> {
+        let end = addr.0.checked_add(len as u64)?;
+        match self.runs.range(..end).next_back() {
+            Some((s, b)) if s + b.len() as u64 > addr.0 => {
+                let from = addr.0.checked_sub(*s)? as usize;
+                b.get(from..from + len)
+            }
+            _ => self.base.slice(addr, len),
+        }
     }
 
     fn regions(&self) -> Vec<Region> {
@@ -192,6 +205,9 @@ pub(crate) mod test {
             o.write(Addr(0x1000 + at as u64), &vec![i as u8; len]);
             plain[at..at + len].fill(i as u8);
             assert_eq!(o.bytes(Addr(0x1000), 256).unwrap(), plain, "after write {i}");
+            if let Some(s) = o.slice(Addr(0x1000 + at as u64), len) {
+                assert_eq!(s, &plain[at..at + len], "in place, after write {i}");
+            }
         }
         let mut at = 0;
         for w in o.into_writes() {

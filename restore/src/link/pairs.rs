@@ -407,9 +407,24 @@ impl<'a> Pairs<'a> {
         })
     }
 
+    /// The one old object that the native chunk which starts at `chunk` is paired with.
+    #[must_use]
+    pub fn paired(&self, chunk: Addr) -> Option<&Candidate> {
+        let list = self.candidates.get(&chunk.0)?;
+        let best = list.iter().map(|c| c.evidence).min()?;
+        let mut strongest = list.iter().filter(|c| c.evidence == best);
+        let first = strongest.next().filter(|_| strongest.next().is_none())?;
+        let claims = self.by_old.get(&chunk.0.wrapping_add(first.delta));
+        let rival = claims.into_iter().flatten().any(|(n, ev)| *n != chunk && *ev <= best);
+        (!rival).then_some(first)
+    }
+
     /// What is known about the native chunk that starts at `chunk`.
     #[must_use]
     pub fn verdict(&self, chunk: Addr) -> Verdict {
+        if let Some(c) = self.paired(chunk) {
+            return Verdict::Paired(c.clone());
+        }
         let Some(list) = self.candidates.get(&chunk.0) else {
             return Verdict::Unknown;
         };
@@ -460,7 +475,7 @@ impl<'a> Pairs<'a> {
     pub fn syncs(&self) -> impl Iterator<Item = &SyncPair> {
         self.syncs.iter().filter(|s| {
             self.native_heap.find(s.native).is_some_and(|c| {
-                matches!(self.verdict(c.addr), Verdict::Paired(p) if s.native.0.wrapping_add(p.delta) == s.old.0)
+                self.paired(c.addr).is_some_and(|p| s.native.0.wrapping_add(p.delta) == s.old.0)
             })
         })
     }

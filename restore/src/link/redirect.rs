@@ -78,10 +78,7 @@ impl<'a> Redirect<'a> {
     #[must_use]
     pub fn translate(&self, word: u64) -> Option<u64> {
         let c = self.native.find(Addr(word))?;
-        match self.pairs.verdict(c.addr) {
-            Verdict::Paired(p) => Some(word.wrapping_add(p.delta)),
-            _ => None,
-        }
+        Some(word.wrapping_add(self.pairs.paired(c.addr)?.delta))
     }
 
     /// What a word that was found at `path` becomes; `None`: it stays.

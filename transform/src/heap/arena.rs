@@ -85,10 +85,20 @@ pub(super) fn word(raw: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(raw[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// The ring of arenas, the main arena first; empty when malloc was never used.
-pub(super) fn find_arenas(mem: &dyn Memory, vmas: &[proto::Vma]) -> Result<Vec<Arena>, HeapError> {
-    let mut main: Option<Addr> = None;
-    for (start, end) in module_data(vmas) {
+/// The ring of arenas, the main arena first; empty when malloc was never used. `known`: where the main arena
+/// was found before; everything is searched only if it is not there.
+pub(super) fn find_arenas(
+    mem: &dyn Memory,
+    vmas: &[proto::Vma],
+    known: Option<Addr>,
+) -> Result<Vec<Arena>, HeapError> {
+    let still = |a: &Addr| {
+        let inside = module_data(vmas).iter().any(|d| d.0 <= a.0 && a.0 + ARENA_SIZE <= d.1);
+        inside && mem.bytes(*a, ARENA_SIZE as usize).is_ok_and(|raw| is_arena(mem, a.0, &raw))
+    };
+    let mut main: Option<Addr> = known.filter(still);
+    let everywhere = if main.is_some() { Vec::new() } else { module_data(vmas) };
+    for (start, end) in everywhere {
         let Ok(data) = mem.bytes(Addr(start), (end - start) as usize) else {
             continue;
         };

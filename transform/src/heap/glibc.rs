@@ -5,6 +5,15 @@ use super::lists::Linking;
 use super::{Arena, Chunk, ChunkState, HeapError, Segment, Tcache, arena, lists, segments, tcache};
 use mcr_image::{Addr, Memory, ModuleMap, proto};
 
+/// What a heap shares with later ones under the same libc at the same place.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// Its main arena.
+    pub main_arena: Addr,
+    /// libc's version.
+    pub version: String,
+}
+
 /// All chunks of a process, with the allocator's own state.
 #[derive(Clone, Debug, Default)]
 pub struct GlibcHeap {
@@ -30,8 +39,9 @@ impl GlibcHeap {
         modules: &ModuleMap,
         threads: &[proto::Thread],
         vmas: &[proto::Vma],
+        known: Option<&Known>,
     ) -> Result<Self, HeapError> {
-        let heap = Self::read(mem, threads, vmas)?;
+        let heap = Self::read_again(mem, threads, vmas, known)?;
         let symbol = modules.libc().and_then(|libc| libc.symbol("main_arena"));
         match (heap.arenas.first().map(|a| a.addr), symbol) {
             (Some(first), Some(second)) if first != second => Err(HeapError::TwoArenas { first, second }),
@@ -41,7 +51,17 @@ impl GlibcHeap {
 
     /// Reads the heap from the mappings alone: `main_arena` is found by its contents.
     pub fn read(mem: &dyn Memory, threads: &[proto::Thread], vmas: &[proto::Vma]) -> Result<Self, HeapError> {
-        let arenas = arena::find_arenas(mem, vmas)?;
+        Self::read_again(mem, threads, vmas, None)
+    }
+
+    /// As [`Self::read`], of memory with the same libc at the same place as where `known` comes from.
+    pub fn read_again(
+        mem: &dyn Memory,
+        threads: &[proto::Thread],
+        vmas: &[proto::Vma],
+        known: Option<&Known>,
+    ) -> Result<Self, HeapError> {
+        let arenas = arena::find_arenas(mem, vmas, known.map(|k| k.main_arena))?;
         let mut found = segments::find(mem, &arenas, threads, vmas)?;
         found.chunks.sort_unstable_by_key(|c| c.addr);
         if let Some(w) = found.chunks.windows(2).find(|w| w[0].end() > w[1].addr) {
@@ -65,9 +85,15 @@ impl GlibcHeap {
             segments: found.segments,
             tcaches,
             safe_linking: linking.known,
-            version: version(mem, vmas),
+            version: known.map_or_else(|| version(mem, vmas), |k| k.version.clone()),
             index,
         })
+    }
+
+    /// What [`Self::read_again`] may start from; `None` when malloc was never used.
+    #[must_use]
+    pub fn known(&self) -> Option<Known> {
+        self.arenas.first().map(|a| Known { main_arena: a.addr, version: self.version.clone() })
     }
 
     /// The chunk whose usable bytes contain `addr`, whatever its state.

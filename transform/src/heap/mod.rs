@@ -11,7 +11,7 @@ mod walk;
 
 pub use arena::{ARENA_SIZE, Arena};
 pub use error::HeapError;
-pub use glibc::GlibcHeap;
+pub use glibc::{GlibcHeap, Known};
 pub use tcache::Tcache;
 pub use walk::{Segment, SegmentKind};
 

@@ -111,6 +111,12 @@ impl Carrier<'_> {
             }
         }
         out.native = merge(std::mem::take(&mut out.native));
+        // A word that stays native needs no relocation.
+        let native = joined(&out.native);
+        out.fixes.retain(|(at, _)| {
+            let i = native.partition_point(|r| r.1 <= *at);
+            native.get(i).is_none_or(|r| *at < r.0)
+        });
         out
     }
 
@@ -125,10 +131,7 @@ impl Carrier<'_> {
                 out.native.push(NativeRange { start: at, end: at + size, why: why.into() })
             }
             reloc @ Fix::Reloc { .. } => {
-                // A word that stays native needs no relocation.
-                if !out.native.iter().any(|r| r.start <= at && at < r.end) {
-                    out.fixes.push((at, reloc));
-                }
+                out.fixes.push((at, reloc));
             }
         }
     }
@@ -254,6 +257,18 @@ fn merge(mut v: Vec<NativeRange>) -> Vec<NativeRange> {
         match out.last_mut() {
             Some(last) if r.start <= last.end && last.why == r.why => last.end = last.end.max(r.end),
             _ => out.push(r),
+        }
+    }
+    out
+}
+
+/// The bytes that any of the ranges (ascending by start) covers, as disjoint runs.
+fn joined(ranges: &[NativeRange]) -> Vec<(u64, u64)> {
+    let mut out: Vec<(u64, u64)> = Vec::new();
+    for r in ranges {
+        match out.last_mut() {
+            Some(last) if r.start <= last.1 => last.1 = last.1.max(r.end),
+            _ => out.push((r.start, r.end)),
         }
     }
     out

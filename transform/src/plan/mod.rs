@@ -116,7 +116,12 @@ pub(crate) fn plan_with_findings(
     };
 
     let t = Instant::now();
-    let heap = GlibcHeap::read_checked(old.memory, old.modules, &old.process.threads, &old.process.vmas)?;
+    let heap = {
+        let (threads, vmas) = (&old.process.threads, &old.process.vmas);
+        let known = prepared.known_heap(old.modules);
+        GlibcHeap::read_checked(old.memory, old.modules, threads, vmas, known.as_ref())?
+    };
+    prepared.learn_heap(old.modules, &heap);
     let space = Space::new(old.process, old.memory, old.modules, &heap);
     w.patch.heap = Some(heap.info());
     w.phase("heap", t);

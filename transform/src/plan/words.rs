@@ -12,6 +12,7 @@ use crate::reach::Reach;
 use crate::scan::{Wanted, scan};
 use crate::space::{Space, Spot};
 use crate::trace::Tracer;
+use mcr_image::Addr;
 use mcr_image::proto::{self, Severity, place};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -49,20 +50,19 @@ impl Typed {
 pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>) -> Typed {
     let mut done = Typed::default();
     let m = tracer.layouts.model;
-    let mut live: HashMap<String, u64> = HashMap::new();
+    let mut live: HashMap<crate::types::TypeId, u64> = HashMap::new();
+    let (memory, mut buf) = (w.old.memory, Vec::new());
     let ids: Vec<_> = tracer.heap_objects().collect();
     w.stats().objects_typed = ids.len() as u64;
     for id in ids {
         let o = &tracer.objs[id as usize];
         let size = m.size_of(o.ty);
-        if let Some(name) = crate::layout::record_name(m, o.ty) {
-            *live.entry(name).or_default() += o.count;
-        }
+        *live.entry(o.ty).or_default() += o.count;
         let slots = tracer.layouts.of(o.ty);
         if slots.slots.is_empty() {
             continue;
         }
-        let Some(bytes) = read(w.old.memory, o.addr, o.count * size) else { continue };
+        let Ok(bytes) = memory.view(Addr(o.addr), (o.count * size) as usize, &mut buf) else { continue };
         for i in 0..o.count {
             let base = o.addr + i * size;
             let one = &bytes[(i * size) as usize..((i + 1) * size) as usize];
@@ -101,8 +101,14 @@ pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<
             }
         }
     }
+    let mut by_name: HashMap<String, u64> = HashMap::new();
+    for (ty, n) in live {
+        if let Some(name) = crate::layout::record_name(m, ty) {
+            *by_name.entry(name).or_default() += n;
+        }
+    }
     for c in &mut w.patch.changes {
-        c.live_objects = live.get(&c.type_name).copied().unwrap_or(0);
+        c.live_objects = by_name.get(&c.type_name).copied().unwrap_or(0);
     }
     done
 }
