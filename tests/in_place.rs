@@ -17,6 +17,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("in place: a debugger is attached", debugged),
         Case::new("in place: with a process of its own on request", new_pid),
         Case::new("in place: history and trace", history),
+        Case::new("in place: without address randomisation", unrandomised),
     ]
 }
 
@@ -222,4 +223,18 @@ fn history() -> Check {
     let late = Duration::from_secs(3600 * 24 * 366 * 40).as_secs();
     ensure!(updates[0]["unix_s"].as_u64().is_some_and(|s| s > late), "no time in {said}");
     load.verify("3.0")
+}
+
+fn unrandomised() -> Check {
+    for extra in [&[][..], &["--new-pid"]] {
+        let mut kv = Kv::start_unrandomised(1);
+        let mut load = Load::put(&kv, 400, 5)?;
+        for to in [2, 3] {
+            let done = update(&mut kv, to - 1, to, extra)?;
+            kv.server.becomes(reported_pid(&done)?);
+            load.verify(&format!("{to}.0")).map_err(|e| format!("{extra:?}: {e}"))?;
+            load.go_on(&kv)?;
+        }
+    }
+    Ok(())
 }

@@ -279,6 +279,24 @@ impl ModuleMap {
         self.modules.sort_by_key(|m| m.start);
     }
 
+    /// Mappings, cut in two where a module ends: the kernel joins anonymous memory that touches the bss of a
+    /// program or a library with it (the heap without address randomisation), and only the bss is the module's.
+    #[must_use]
+    pub fn cut(&self, vmas: &[proto::Vma]) -> Vec<proto::Vma> {
+        let mut out = Vec::with_capacity(vmas.len());
+        for v in vmas {
+            let end =
+                self.find(Addr(v.start)).map_or(v.end, |m| m.end.0.next_multiple_of(crate::PAGE as u64));
+            if v.ino == 0 && v.kind() == proto::VmaKind::VmaAnonPrivate && v.start < end && end < v.end {
+                out.push(proto::Vma { end, ..v.clone() });
+                out.push(proto::Vma { start: end, ..v.clone() });
+            } else {
+                out.push(v.clone());
+            }
+        }
+        out
+    }
+
     /// All modules, ascending by address.
     #[must_use]
     pub fn modules(&self) -> &[Arc<Module>] {

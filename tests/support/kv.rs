@@ -3,6 +3,7 @@
 use super::{Server, cc, free_port};
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -36,12 +37,27 @@ pub struct Kv {
 
 impl Kv {
     pub fn start(v: u32) -> Kv {
+        Kv::start_by(Command::new(binary(v)))
+    }
+
+    /// Without address randomisation: the heap touches the program's bss then.
+    pub fn start_unrandomised(v: u32) -> Kv {
+        let mut cmd = Command::new(binary(v));
+        // SAFETY: personality(2) is a plain system call and touches nothing of the parent.
+        unsafe {
+            cmd.pre_exec(|| {
+                libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong);
+                Ok(())
+            });
+        }
+        Kv::start_by(cmd)
+    }
+
+    fn start_by(mut cmd: Command) -> Kv {
         let dir = super::scratch();
         let port = free_port();
-        let server = Server::start(
-            Command::new(binary(v)).arg(port.to_string()).arg(dir.path().join("kv.log")).current_dir("/"),
-            Some("ready"),
-        );
+        let cmd = cmd.arg(port.to_string()).arg(dir.path().join("kv.log")).current_dir("/");
+        let server = Server::start(cmd, Some("ready"));
         Kv { server, port, dir }
     }
 

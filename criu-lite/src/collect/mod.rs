@@ -266,7 +266,7 @@ fn collect(
             break;
         }
     }
-    p.vmas = view.vmas.to_vec();
+    p.vmas = view.modules.cut(view.vmas);
     p.modules = view.modules.to_proto();
     p.fds = fds;
     Ok((p, dups))

@@ -9,7 +9,6 @@ use super::load::{self, LoadMap};
 use super::ptrace;
 use super::stack::{self, InitialStack, StackSpec};
 use crate::link::Span;
-use mcr_criu_lite::procfs::maps::MapsLine;
 use mcr_image::elf::ElfFile;
 use mcr_image::{Addr, Memory, ModuleMap, Regs, Tid, proto};
 use std::path::Path;
@@ -39,7 +38,7 @@ pub enum Fate {
     Kernel,
 }
 
-/// Decides for every mapping of the old process.
+/// Decides for every mapping of the old process, cut by [`ModuleMap::cut`].
 #[must_use]
 pub fn fates(
     vmas: &[proto::Vma],
@@ -158,16 +157,17 @@ impl Exec<'_, '_> {
         self.reset()?;
 
         let vmas: Vec<proto::Vma> = maps.iter().map(super::host::to_vma).collect();
+        let vmas = self.spec.old_modules.cut(&vmas);
         let fates = fates(&vmas, self.spec.old, self.spec.old_modules, &self.host.mem);
-        let (retained, reserved) = self.clear(&maps, &fates)?;
+        let (retained, reserved) = self.clear(&vmas, &fates)?;
         for s in &self.spec.reserve {
             self.map("memory for moved objects", s.start, s.len(), RW, ANON | NOREPLACE, NO_FD, 0)?;
         }
-        let stack = maps
+        let stack = vmas
             .iter()
             .zip(&fates)
             .filter(|(_, f)| **f == Fate::Stack)
-            .map(|(m, _)| Span::new(m.start, m.end))
+            .map(|(v, _)| Span::new(Addr(v.start), Addr(v.end)))
             .next_back()
             .ok_or_else(|| BootError::Unsupported {
                 what: "the old process has no stack mapping".into(),
@@ -292,30 +292,31 @@ impl Exec<'_, '_> {
     }
 
     /// Takes the old program out. Returns what stays and what is kept free.
-    fn clear(&self, maps: &[MapsLine], fates: &[Fate]) -> Result<(Vec<Span>, Vec<Span>)> {
+    fn clear(&self, vmas: &[proto::Vma], fates: &[Fate]) -> Result<(Vec<Span>, Vec<Span>)> {
         let (mut retained, mut reserved) = (Vec::new(), Vec::new());
-        for (m, fate) in maps.iter().zip(fates) {
-            let (span, len) = (Span::new(m.start, m.end), m.end.since(m.start));
+        for (v, fate) in vmas.iter().zip(fates) {
+            let (start, len) = (Addr(v.start), v.end - v.start);
+            let span = Span::new(start, Addr(v.end));
             match fate {
                 Fate::Keep => retained.push(span),
                 Fate::Kernel => {}
                 Fate::Unmap => {
-                    self.call("munmap", libc::SYS_munmap, &[m.start.0, len])?;
+                    self.call("munmap", libc::SYS_munmap, &[start.0, len])?;
                 }
                 Fate::Reserve => {
                     let flags = FIXED | libc::MAP_NORESERVE as u64;
-                    self.map("reserving a library's place", m.start, len, 0, flags, NO_FD, 0)?;
+                    self.map("reserving a library's place", start, len, 0, flags, NO_FD, 0)?;
                     reserved.push(span);
                 }
                 Fate::CopyReadOnly => {
-                    let content = self.host.mem.bytes(m.start, len as usize)?;
-                    self.map("copy of the old program's constants", m.start, len, RW, FIXED, NO_FD, 0)?;
-                    self.host.mem.write(m.start, &content)?;
-                    self.call("mprotect", libc::SYS_mprotect, &[m.start.0, len, libc::PROT_READ as u64])?;
+                    let content = self.host.mem.bytes(start, len as usize)?;
+                    self.map("copy of the old program's constants", start, len, RW, FIXED, NO_FD, 0)?;
+                    self.host.mem.write(start, &content)?;
+                    self.call("mprotect", libc::SYS_mprotect, &[start.0, len, libc::PROT_READ as u64])?;
                     retained.push(span);
                 }
                 Fate::Stack => {
-                    self.call("madvise", libc::SYS_madvise, &[m.start.0, len, libc::MADV_DONTNEED as u64])?;
+                    self.call("madvise", libc::SYS_madvise, &[start.0, len, libc::MADV_DONTNEED as u64])?;
                 }
             }
         }
