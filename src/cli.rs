@@ -145,6 +145,15 @@ pub struct UpdateArgs {
     /// Seconds for quiescence, and for the new version to start up
     #[arg(long, default_value_t = 10.0)]
     pub timeout: f64,
+    /// Afterwards watch the new version for S seconds: its end, threads that spin, and --health
+    #[arg(long, value_name = "S", conflicts_with = "dry_run")]
+    pub trial: Option<f64>,
+    /// Command for `sh -c`, run again and again during the trial with MCR_PID set; 0 means healthy
+    #[arg(long, value_name = "CMD", requires = "trial")]
+    pub health: Option<String>,
+    /// Seconds that one run of the health command may take
+    #[arg(long, default_value_t = 5.0, requires = "health")]
+    pub health_timeout: f64,
     #[command(flatten)]
     pub how: How,
     /// Write all phases in microseconds to this file, as JSON

@@ -17,6 +17,7 @@ mod report;
 mod restore;
 mod state;
 mod transform;
+mod trial;
 mod types;
 mod update;
 

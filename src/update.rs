@@ -25,6 +25,8 @@ pub struct Body {
     changes: Vec<TypeChange>,
     link: mcr_restore::link::LinkStats,
     startup_output: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trial: Option<crate::trial::Trial>,
 }
 
 impl Body {
@@ -41,6 +43,7 @@ impl Body {
             changes: u.patch.changes,
             link: u.link,
             startup_output: u.output,
+            trial: None,
         }
     }
 
@@ -108,13 +111,17 @@ pub fn run(a: &UpdateArgs) -> Outcome {
         progress: (!a.json && std::io::stderr().is_terminal()).then_some(|what| eprintln!("  … {what}")),
         ..UpdateOptions::default()
     };
+    let watch = crate::trial::begin(a, Pid(a.pid))?;
     let done = update(Pid(a.pid), &a.to, &options)
         .map_err(|e| failure(&e, &format!("process {} was not changed and goes on", a.pid)))?;
-    let body = Body::new(done);
+    let mut body = Body::new(done);
+    body.trial = crate::trial::run(a, watch, Pid(body.pid));
+    let outcome = body.trial.as_ref().map_or(Ok(()), crate::trial::Trial::outcome);
     report::stats("update", a.stats.as_deref(), &body)?;
     report::trace(a.trace.as_deref(), a.pid, &body.phases)?;
     if a.json {
-        return report::json("update", &body);
+        report::json("update", &body)?;
+        return outcome;
     }
     if a.dry_run {
         body.print("dry run");
@@ -128,5 +135,8 @@ pub fn run(a: &UpdateArgs) -> Outcome {
         body.print("update");
         println!("{}", body.pid());
     }
-    Ok(())
+    if let Some(t) = &body.trial {
+        t.print();
+    }
+    outcome
 }

@@ -10,6 +10,7 @@ mod kv_update;
 mod redis_update;
 mod restore_plain;
 mod support;
+mod trial;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::Check;
@@ -47,6 +48,7 @@ fn main() {
     cases.extend(restore_plain::cases());
     cases.extend(kv_update::cases());
     cases.extend(in_place::cases());
+    cases.extend(trial::cases());
     cases.extend(bad_input::cases());
     cases.extend(redis_update::cases(args.list));
     // SAFETY: geteuid(2) cannot fail.

@@ -12,3 +12,4 @@ mod signals;
 mod sys;
 pub mod tcp_repair;
 pub mod transaction;
+pub mod trial;

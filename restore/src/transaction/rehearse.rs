@@ -10,7 +10,9 @@ use crate::link::{Span, WriteList};
 use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
 use mcr_transform::Prepared;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 /// A booted copy of the old process, and what was found with it.
@@ -96,6 +98,7 @@ pub(super) fn rehearse(
     options: &UpdateOptions,
     clock: &mut Clock,
 ) -> Result<Rehearsal, UpdateError> {
+    await_dying_copies(pid);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     clock.lap_until("look", false, frozen.since());
     mcr_criu_lite::tracee::commit::sweep(&mut frozen)?;
@@ -149,23 +152,52 @@ pub(super) fn rehearse(
 
 /// Copies of engines that were killed are collected in the old process, which knows nothing of them.
 fn reap_dead_copies(frozen: &mut Frozen) -> Result<(), UpdateError> {
-    let pid = frozen.pid();
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    for child in children.split_whitespace().filter(|c| is_dead_copy(c)) {
-        let child: u64 = child.parse().unwrap_or(u64::MAX);
+    for child in copies(frozen.pid()).filter(|c| c.dead) {
         let flags = (libc::__WALL | libc::WNOHANG) as u64;
-        frozen.leader().syscall(libc::SYS_wait4, &[child, 0, flags, 0])?;
+        frozen.leader().syscall(libc::SYS_wait4, &[child.pid.0 as u64, 0, flags, 0])?;
     }
     Ok(())
 }
 
-/// Whether a child was forked without a signal at its end, as servers do not and we do, and killed.
-fn is_dead_copy(child: &str) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
-    // proc_pid_stat(5): 3 is the state, 38 the signal, 52 the wait status.
-    let fields: Vec<&str> = stat.rsplit_once(") ").map_or("", |s| s.1).split_whitespace().collect();
-    let is = |n: usize, v: &str| fields.get(n - 3).is_some_and(|f| *f == v);
-    is(3, "Z") && is(38, "0") && is(52, "9")
+/// The copy dies with its engine, and needs a moment for it.
+fn await_dying_copies(pid: Pid) {
+    for child in copies(pid).filter(|c| c.dying) {
+        if let Ok(fd) = crate::sys::pidfd_open(child.pid.0) {
+            let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+            // One that lives on is refused later on.
+            let _ = poll(&mut fds, PollTimeout::from(2000u16));
+        }
+    }
+}
+
+/// A child that was forked without a signal at its end, as servers do not and we do, and killed.
+struct Copy {
+    pid: Pid,
+    dead: bool,
+    dying: bool,
+}
+
+fn copies(pid: Pid) -> impl Iterator<Item = Copy> {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let pids: Vec<i32> = children.split_whitespace().filter_map(|c| c.parse().ok()).collect();
+    pids.into_iter().filter_map(|child| {
+        let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).ok()?;
+        // proc_pid_stat(5): 3 is the state, 9 the flags, 38 the signal, 52 the wait status.
+        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_whitespace().collect();
+        let field = |n: usize| fields.get(n - 3).copied().unwrap_or_default();
+        if field(38) != "0" {
+            return None;
+        }
+        let zombie = field(3) == "Z";
+        let status = std::fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+        let pending = |name: &str| {
+            let set = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix(name)?.trim(), 16).ok());
+            set.is_some_and(|s| s & (1 << (libc::SIGKILL - 1)) != 0)
+        };
+        let exiting = field(9).parse::<u64>().is_ok_and(|f| f & 4 != 0);
+        let dying = !zombie && (exiting || pending("SigPnd:") || pending("ShdPnd:"));
+        Some(Copy { pid: Pid(child), dead: zombie && field(52) == "9", dying })
+    })
 }
 
 /// What earlier updates left and nothing points into: looked for in everything that the process has.

@@ -103,6 +103,10 @@ void event_loop(void)
 			}
 			char b[64];
 			ssize_t r = read(fd, b, sizeof b);
+#ifdef FRAGILE
+			if (r > 0 && write(2, "cannot stand requests\n", 22) > 0)
+				break_down();
+#endif
 			if (r <= 0)
 				close(fd);
 			else if (write(fd, "PONG\n", 5) < 0)
