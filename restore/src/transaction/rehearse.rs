@@ -170,7 +170,7 @@ fn await_dying_copies(pid: Pid) {
     }
 }
 
-/// A child that was forked without a signal at its end, as servers do not and we do, and killed.
+/// A child that was forked without a signal at its end, as servers do not and we do.
 struct Copy {
     pid: Pid,
     dead: bool,
@@ -182,7 +182,7 @@ fn copies(pid: Pid) -> impl Iterator<Item = Copy> {
     let pids: Vec<i32> = children.split_whitespace().filter_map(|c| c.parse().ok()).collect();
     pids.into_iter().filter_map(|child| {
         let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).ok()?;
-        // proc_pid_stat(5): 3 is the state, 9 the flags, 38 the signal, 52 the wait status.
+        // proc_pid_stat(5): 3 is the state, 9 the flags, 38 the signal.
         let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_whitespace().collect();
         let field = |n: usize| fields.get(n - 3).copied().unwrap_or_default();
         if field(38) != "0" {
@@ -196,7 +196,7 @@ fn copies(pid: Pid) -> impl Iterator<Item = Copy> {
         };
         let exiting = field(9).parse::<u64>().is_ok_and(|f| f & 4 != 0);
         let dying = !zombie && (exiting || pending("SigPnd:") || pending("ShdPnd:"));
-        Some(Copy { pid: Pid(child), dead: zombie && field(52) == "9", dying })
+        Some(Copy { pid: Pid(child), dead: zombie, dying })
     })
 }
 
