@@ -7,6 +7,7 @@ mod bad_input;
 mod house;
 mod in_place;
 mod kv_update;
+mod net_move;
 mod redis_update;
 mod restore_plain;
 mod support;
@@ -46,6 +47,7 @@ fn main() {
     let mut cases = Vec::new();
     cases.extend(house::cases());
     cases.extend(restore_plain::cases());
+    cases.extend(net_move::cases());
     cases.extend(kv_update::cases());
     cases.extend(in_place::cases());
     cases.extend(trial::cases());

@@ -44,13 +44,7 @@ fn tcp_repair(kill_keeper: bool) -> Check {
     ensure!(said.contains("100 connections recorded"), "{said}");
     kv.server.reap();
     if kill_keeper {
-        let image = mcr_image::Image::open(std::path::Path::new(&img)).map_err(|e| e.to_string())?;
-        let keeper = process_with_argument(&image.meta().keeper_socket).ok_or("no keeper")?;
-        // SAFETY: plain kill(2) and waitpid(2) of the keeper of our own image, which we inherit as a subreaper.
-        unsafe {
-            libc::kill(keeper, libc::SIGKILL);
-            libc::waitpid(keeper, std::ptr::null_mut(), 0);
-        }
+        self::kill_keeper(&img)?;
     } else {
         // Into held sockets: dropped there, and sent again by the clients' kernel.
         load.end_half_request_unanswered()?;
@@ -64,6 +58,18 @@ fn tcp_repair(kill_keeper: bool) -> Check {
     }
     load.verify("1.0")?;
     load.go_on(&kv)
+}
+
+/// Kills the keeper of an image of ours, and waits for its end.
+pub fn kill_keeper(img: &str) -> Check {
+    let image = mcr_image::Image::open(std::path::Path::new(img)).map_err(|e| e.to_string())?;
+    let keeper = process_with_argument(&image.meta().keeper_socket).ok_or("no keeper")?;
+    // SAFETY: plain kill(2) and waitpid(2) of the keeper of our own image, which we inherit as a subreaper.
+    unsafe {
+        libc::kill(keeper, libc::SIGKILL);
+        libc::waitpid(keeper, std::ptr::null_mut(), 0);
+    }
+    Ok(())
 }
 
 fn process_with_argument(argument: &str) -> Option<i32> {
