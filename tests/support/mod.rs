@@ -10,6 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 pub type Check = Result<(), String>;
 
@@ -24,9 +25,17 @@ pub fn scratch() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("mcr-test-").tempdir().expect("a temporary directory")
 }
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago, below those that connect(2) takes by itself: who tries to connect before
+/// the server listens must not become its own peer.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + (std::process::id() % 900) as u16 * 10;
+    loop {
+        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 900;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 pub fn mcr() -> &'static str {

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        Trial::test("live_descriptors", || repeated("fdzoo", 34511, &[])),
-        Trial::test("live_mappings", || repeated("memzoo", 34512, &["third argument"])),
-        Trial::test("live_threads", || repeated("threads", 34513, &[])),
-        Trial::test("live_process_state", || repeated("state", 34514, &[])),
-        Trial::test("live_dropped_privileges", || repeated("state", 34515, &["drop"])),
+        Trial::test("live_descriptors", || repeated("fdzoo", 29511, &[])),
+        Trial::test("live_mappings", || repeated("memzoo", 29512, &["third argument"])),
+        Trial::test("live_threads", || repeated("threads", 29513, &[])),
+        Trial::test("live_process_state", || repeated("state", 29514, &[])),
+        Trial::test("live_dropped_privileges", || repeated("state", 29515, &["drop"])),
         Trial::test("live_without_keeper_is_refused", without_keeper),
         Trial::test("live_descriptors_made_anew", made_anew),
         Trial::test("live_program_replaced_on_disk", replaced),
@@ -55,6 +55,7 @@ impl Program {
             });
         }
         let child = command.spawn()?;
+        // Below the ports that connect(2) takes by itself: it could otherwise be its own peer while it tries.
         let until = Instant::now() + Duration::from_secs(10);
         let control = loop {
             match TcpStream::connect(("127.0.0.1", port)) {
@@ -113,7 +114,7 @@ fn repeated(name: &str, port: u16, args: &[&str]) -> Result<(), Failed> {
 }
 
 fn without_keeper() -> Result<(), Failed> {
-    let mut p = Program::start("memzoo", 34516, &["third argument"])?;
+    let mut p = Program::start("memzoo", 29516, &["third argument"])?;
     assert_eq!(p.ask("check\n")?, "ok");
     let image = dump(p.pid, p.dir.path())?;
     p.collect();
@@ -124,14 +125,14 @@ fn without_keeper() -> Result<(), Failed> {
     let options = RebuildOptions { drop_connections: true, ..Default::default() };
     restore_image(&image, &options)?;
     // The old connection is gone, the listener serves.
-    p.control = BufReader::new(TcpStream::connect(("127.0.0.1", 34516))?);
+    p.control = BufReader::new(TcpStream::connect(("127.0.0.1", 29516))?);
     assert_eq!(p.ask("check\n")?, "ok");
     Ok(())
 }
 
 /// Pipes, sockets and their contents from the image alone.
 fn made_anew() -> Result<(), Failed> {
-    let mut p = Program::start("fdzoo", 34517, &[])?;
+    let mut p = Program::start("fdzoo", 29517, &[])?;
     assert_eq!(p.ask("check\n")?, "ok");
     for round in 0..5 {
         let image = dump(p.pid, p.dir.path())?;
@@ -140,7 +141,7 @@ fn made_anew() -> Result<(), Failed> {
         let options = RebuildOptions { drop_connections: true, ..Default::default() };
         let restored = restore_image(&image, &options)?;
         assert!(restored.findings.iter().any(|f| f.code == "connection-dropped"), "{:?}", restored.findings);
-        p.control = BufReader::new(TcpStream::connect(("127.0.0.1", 34517))?);
+        p.control = BufReader::new(TcpStream::connect(("127.0.0.1", 29517))?);
         assert_eq!(p.ask("check\n")?, "ok", "round {round}");
     }
     Ok(())
@@ -148,7 +149,7 @@ fn made_anew() -> Result<(), Failed> {
 
 /// After a package upgrade the old program is gone from disk: it comes from the image, again and again.
 fn replaced() -> Result<(), Failed> {
-    let mut p = Program::start("memzoo", 34518, &["third argument"])?;
+    let mut p = Program::start("memzoo", 29518, &["third argument"])?;
     assert_eq!(p.ask("check\n")?, "ok");
     let on_disk = p.dir.path().join("memzoo");
     for round in 0..3 {
