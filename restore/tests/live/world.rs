@@ -20,14 +20,14 @@ use std::time::{Duration, Instant};
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        Trial::test("world_updated_in_place", || live(34_535, false, false)),
-        Trial::test("world_updated_in_place_without_root", || live(34_536, true, false)),
-        Trial::test("world_updated_beside", || live(34_531, false, true)),
-        Trial::test("world_updated_beside_without_root", || live(34_532, true, true)),
-        Trial::test("world_restored_without_keeper", || made_anew(34_537, false)),
-        Trial::test("world_updated_without_keeper", || made_anew(34_538, true)),
-        Trial::test("world_updated_through_an_image", || offline(34_533, false)),
-        Trial::test("world_updated_through_an_image_without_root", || offline(34_534, true)),
+        Trial::test("world_updated_in_place", || live(29_535, false, false)),
+        Trial::test("world_updated_in_place_without_root", || live(29_536, true, false)),
+        Trial::test("world_updated_beside", || live(29_531, false, true)),
+        Trial::test("world_updated_beside_without_root", || live(29_532, true, true)),
+        Trial::test("world_restored_without_keeper", || made_anew(29_537, false)),
+        Trial::test("world_updated_without_keeper", || made_anew(29_538, true)),
+        Trial::test("world_updated_through_an_image", || offline(29_533, false)),
+        Trial::test("world_updated_through_an_image_without_root", || offline(29_534, true)),
     ]
 }
 
