@@ -44,7 +44,22 @@ pub fn cases() -> Vec<Case> {
             new_binary(source, &flags, &wants)
         }));
     }
+    v.push(Case::new("bad input: a new binary that is 32-bit", thirty_two_bit));
     v
+}
+
+/// The class byte of an ELF header decides before anything else is believed.
+fn thirty_two_bit() -> Check {
+    let dir = scratch();
+    let new = dir.path().join("small");
+    let mut bytes = std::fs::read(binary(1)).map_err(|e| e.to_string())?;
+    bytes[4] = 1; // EI_CLASS = ELFCLASS32
+    std::fs::write(&new, bytes).map_err(|e| e.to_string())?;
+    let kv = Kv::start(1);
+    let mut load = Load::put(&kv, 50, 2)?;
+    let pid = kv.server.pid.to_string();
+    refused(&["update", &pid, "--to", &new.display().to_string()], &["32-bit"])?;
+    load.verify("1.0")
 }
 
 /// The bundled server with a statement at the start of its main().
