@@ -182,7 +182,7 @@ fn moved() -> Check {
             3 if i < V4 => {
                 p.hear("= last")?;
                 p.hear(&format!("bye {}", format!("hello {i}\nstop\nlast\n").len()))?;
-                return p.hear("");
+                p.hear("")
             }
             _ => Ok(()),
         };
