@@ -9,7 +9,7 @@ use mcr_image::{Addr, Memory, MemoryError, proto};
 #[must_use]
 pub fn native(outcome: &BootOutcome) -> Vec<Span> {
     let b = &outcome.booted;
-    super::native_parts(b)
+    b.native_vmas()
         .iter()
         .filter(|v| v.kind() == proto::VmaKind::VmaAnonPrivate && v.name.is_empty())
         .map(|v| Span::new(Addr(v.start), Addr(v.end)))

@@ -95,7 +95,7 @@ pub enum PlanError {
 #[must_use]
 pub fn refreshed(outcome: &BootOutcome, old: &proto::Process, fates: &[Fate]) -> Booted {
     let mut booted = outcome.booted.clone();
-    let mut vmas = native_parts(&booted);
+    let mut vmas = booted.native_vmas();
     booted.retained.clear();
     for (v, _) in old.vmas.iter().zip(fates).filter(|(_, f)| matches!(f, Fate::Keep | Fate::CopyReadOnly)) {
         vmas.push(v.clone());
@@ -105,26 +105,6 @@ pub fn refreshed(outcome: &BootOutcome, old: &proto::Process, fates: &[Fate]) ->
     booted.vmas = vmas;
     booted.in_place = true;
     booted
-}
-
-/// The host's mappings, cut to what the start-up made.
-fn native_parts(booted: &Booted) -> Vec<proto::Vma> {
-    let mut out = Vec::new();
-    for v in &booted.vmas {
-        for s in &booted.native {
-            let (start, end) = (v.start.max(s.start.0), v.end.min(s.end.0));
-            if start < end {
-                out.push(proto::Vma {
-                    file_offset: v.file_offset + if v.ino == 0 { 0 } else { start - v.start },
-                    start,
-                    end,
-                    ..v.clone()
-                });
-            }
-        }
-    }
-    out.sort_by_key(|v| v.start);
-    out
 }
 
 /// What has to be done to the old process.
@@ -140,7 +120,7 @@ pub fn plan(input: &Input<'_>) -> Result<InPlace, PlanError> {
         old: &fated,
         old_memory: input.old_memory,
         old_pages: &|s| pages(old_pid, s),
-        native: &native_parts(booted),
+        native: &booted.native_vmas(),
         host_memory: input.host_memory,
         host_pages: &|s| pages(input.host, s),
         stack_pointer: Addr(regs(leader.tid, leader.regs).rsp),

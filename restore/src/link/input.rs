@@ -196,6 +196,22 @@ pub struct Booted {
 }
 
 impl Booted {
+    /// The mappings, cut to what the boot made, ascending: old's heap must not be taken for new's.
+    #[must_use]
+    pub fn native_vmas(&self) -> Vec<proto::Vma> {
+        let mut out = Vec::new();
+        for v in &self.vmas {
+            for s in &self.native {
+                let (start, end) = (v.start.max(s.start.0), v.end.min(s.end.0));
+                if start < end {
+                    let skipped = if v.ino == 0 { 0 } else { start - v.start };
+                    out.push(proto::Vma { start, end, file_offset: v.file_offset + skipped, ..v.clone() });
+                }
+            }
+        }
+        out.sort_by_key(|v| v.start);
+        out
+    }
     /// The new thread that takes over `old`.
     #[must_use]
     pub fn thread_for(&self, old: Tid) -> Option<&NewThread> {

@@ -89,7 +89,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     headers_are_whole(patch, old_heap)?;
     let native_threads = heap_threads(booted);
     let native_heap =
-        GlibcHeap::read_again(input.host, &native_threads, &native_vmas(booted), old_heap.known().as_ref())
+        GlibcHeap::read_again(input.host, &native_threads, &booted.native_vmas(), old_heap.known().as_ref())
             .map_err(|e| heap_refusal("new", &e.to_string()))?;
 
     let frames: Vec<(Tid, Vec<Frame>)> =
@@ -328,24 +328,6 @@ fn heap_threads(booted: &Booted) -> Vec<proto::Thread> {
         ..proto::Thread::default()
     };
     booted.threads.iter().map(thread).collect()
-}
-
-/// Mappings, cut to what the boot made: old's heap must not be taken for new's.
-fn native_vmas(booted: &Booted) -> Vec<proto::Vma> {
-    let mut out = Vec::new();
-    for v in &booted.vmas {
-        for s in &booted.native {
-            let (start, end) = (v.start.max(s.start.0), v.end.min(s.end.0));
-            if start < end {
-                let mut part = v.clone();
-                part.file_offset += start - v.start;
-                (part.start, part.end) = (start, end);
-                out.push(part);
-            }
-        }
-    }
-    out.sort_by_key(|v| v.start);
-    out
 }
 
 /// Feeds every root to the walk.

@@ -1,11 +1,11 @@
 //! The update beside the old process: the new version gets a process of its own.
 
 use super::clock::Clock;
-use super::make::{Files, Guard, Old, lay, make, rewrite_pid_files, tids};
+use super::make::{Files, Guard, Old, at_rest, lay, make, rewrite_pid_files, tids};
 use super::programs::{Programs, old_program};
 use super::{History, UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
 use crate::boot::Host;
-use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen};
+use mcr_criu_lite::{FreezeOptions, Frozen};
 use mcr_image::{Pid, proto};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -22,12 +22,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     let history = History::load(pid);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     clock.lap_until("look", false, frozen.since());
-    let states = frozen.quiesce(&options.quiesce())?;
-    clock.lap("freeze", true);
-    let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
-    if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
-        return Err(UpdateError::Internal("the process executed another program while it was looked at"));
-    }
+    let mut collected = at_rest(&mut frozen, &program, options, &mut clock)?;
     hand::refuse_unforkable(&collected.process)?;
     clock.lap("collect", true);
 

@@ -2,7 +2,7 @@
 //! old process itself.
 
 use super::clock::Clock;
-use super::make::{Files, Old, join};
+use super::make::{Files, Old, at_rest, join};
 use super::programs::{Programs, old_program, plan};
 use super::rehearse::{Rehearsal, rehearse};
 use super::{UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
@@ -11,7 +11,7 @@ use crate::fds::{InTracee, Install, install_fds, take_copies};
 use crate::inplace::{self, InPlace, Input, Laid, PlanError, Stale, refreshed};
 use crate::link::Span;
 use mcr_criu_lite::tracee::commit;
-use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen};
+use mcr_criu_lite::{FreezeOptions, Frozen};
 use mcr_image::{Blocks, ElfFile, Fd, Memory, Pid, proto};
 use mcr_transform::Prepared;
 use std::os::fd::AsFd;
@@ -107,13 +107,8 @@ fn change(
     clock.lap("copy's memory", false);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     clock.lap_until("look", false, frozen.since());
-    let states = frozen.quiesce(&options.quiesce())?;
-    clock.lap("freeze", true);
-    let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
+    let mut collected = at_rest(&mut frozen, program, options, clock)?;
     collected.fds.clear();
-    if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
-        return Err(UpdateError::Internal("the process executed another program while it was looked at"));
-    }
     let process = &collected.process;
     same_threads(&rehearsal.process, process)?;
     clock.lap("collect", true);

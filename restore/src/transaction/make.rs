@@ -6,8 +6,8 @@ use super::{UpdateError, UpdateOptions, hand};
 use crate::apply;
 use crate::boot::{BootOutcome, BootSpec, Host, boot};
 use crate::link::{Booted, LinkInput, Span, WriteList, link};
-use mcr_criu_lite::reap_hidden;
-use mcr_image::{Addr, Blocks, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
+use mcr_criu_lite::{CollectOptions, Collected, Frozen, reap_hidden};
+use mcr_image::{Addr, Blocks, ElfFile, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
 use mcr_transform::heap::GlibcHeap;
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
@@ -39,6 +39,22 @@ impl Drop for Guard {
             drop(reap_hidden(old, child));
         }
     }
+}
+
+/// Brings a frozen process to rest and collects what the kernel keeps for it. It must still be `program`.
+pub(super) fn at_rest(
+    frozen: &mut Frozen,
+    program: &ElfFile,
+    options: &UpdateOptions,
+    clock: &mut Clock,
+) -> Result<Collected, UpdateError> {
+    let states = frozen.quiesce(&options.quiesce())?;
+    clock.lap("freeze", true);
+    let collected = frozen.collect_with(&states, &CollectOptions::live())?;
+    if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
+        return Err(UpdateError::Internal("the process executed another program while it was looked at"));
+    }
+    Ok(collected)
 }
 
 /// The old process as the transaction sees it.

@@ -1,13 +1,13 @@
 //! The rehearsal: everything that can go wrong goes wrong on a copy, while the old version serves.
 
 use super::clock::Clock;
-use super::make::{Files, Guard, Old, join, start};
+use super::make::{Files, Guard, Old, at_rest, join, start};
 use super::programs::{Programs, plan};
 use super::{History, UpdateError, UpdateOptions};
 use crate::boot::{BootOutcome, Fate, Host, fates};
 use crate::inplace::{leftovers, refreshed};
 use crate::link::{Span, WriteList};
-use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen, ProcessMemory};
+use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
 use mcr_transform::Prepared;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -103,12 +103,7 @@ pub(super) fn rehearse(
     clock.lap_until("look", false, frozen.since());
     mcr_criu_lite::tracee::commit::sweep(&mut frozen)?;
     reap_dead_copies(&mut frozen)?;
-    let states = frozen.quiesce(&options.quiesce())?;
-    clock.lap("freeze", true);
-    let mut collected = frozen.collect_with(&states, &CollectOptions::live())?;
-    if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
-        return Err(UpdateError::Internal("the process executed another program while it was looked at"));
-    }
+    let mut collected = at_rest(&mut frozen, program, options, clock)?;
     super::hand::refuse_unforkable(&collected.process)?;
     clock.lap("collect", true);
     // Whoever holds on to an open file of a running server keeps its epoll registration alive beyond the

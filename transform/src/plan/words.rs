@@ -253,40 +253,44 @@ fn whereabouts(tracer: &Tracer<'_>, at: u64) -> String {
     }
 }
 
+/// A word that the kernel keeps, in the new version; `None`: it stays, or a finding says why it cannot.
+fn kept(
+    w: &mut Work<'_>,
+    fixer: &Fixer<'_>,
+    word: u64,
+    what: &str,
+    path: String,
+) -> Option<(u64, Option<proto::Reloc>)> {
+    match fixer.word(word, None) {
+        NewWord::Same => None,
+        NewWord::Value(n) => Some((n, None)),
+        NewWord::Reloc(target, symbol) => {
+            let reloc = proto::Reloc { place: None, target: Some(target), symbol, conservative: true };
+            Some((word, Some(reloc)))
+        }
+        NewWord::Lost(code, why) => {
+            w.findings.refuse(
+                code,
+                format!("{what} ({word:#x}) cannot be carried: {why}"),
+                path,
+                "nothing can be done about it but an update at another moment",
+                word,
+            );
+            None
+        }
+    }
+}
+
 /// What the kernel keeps for epoll.
 pub(super) fn epoll(w: &mut Work<'_>, fixer: &Fixer<'_>) {
     for fd in &w.old.process.fds {
         let Some(proto::fd::Object::Epoll(e)) = &fd.object else { continue };
         for watch in &e.watches {
-            let mut data = proto::EpollData {
-                epoll_fd: fd.number,
-                fd: watch.fd,
-                old_data: watch.data,
-                new_data: watch.data,
-                reloc: None,
-            };
-            match fixer.word(watch.data, None) {
-                NewWord::Same => continue,
-                NewWord::Value(n) => data.new_data = n,
-                NewWord::Reloc(target, symbol) => {
-                    data.reloc =
-                        Some(proto::Reloc { place: None, target: Some(target), symbol, conservative: true });
-                }
-                NewWord::Lost(code, why) => {
-                    w.findings.refuse(
-                        code,
-                        format!(
-                            "the data of fd {} in epoll {} ({:#x}) cannot be carried: {why}",
-                            watch.fd, fd.number, watch.data
-                        ),
-                        format!("epoll {}", fd.number),
-                        "nothing can be done about it but an update at another moment",
-                        watch.data,
-                    );
-                    continue;
-                }
-            }
-            w.patch.epoll.push(data);
+            let what = format!("the data of fd {} in epoll {}", watch.fd, fd.number);
+            let path = format!("epoll {}", fd.number);
+            let Some((new_data, reloc)) = kept(w, fixer, watch.data, &what, path) else { continue };
+            let (epoll_fd, fd, old_data) = (fd.number, watch.fd, watch.data);
+            w.patch.epoll.push(proto::EpollData { epoll_fd, fd, old_data, new_data, reloc });
         }
     }
 }
@@ -294,26 +298,9 @@ pub(super) fn epoll(w: &mut Work<'_>, fixer: &Fixer<'_>) {
 /// The words that POSIX timers send along.
 pub(super) fn timers(w: &mut Work<'_>, fixer: &Fixer<'_>) {
     for t in &w.old.process.posix_timers {
-        let mut data = proto::TimerData { id: t.id, old_sigval: t.sigval, new_sigval: t.sigval, reloc: None };
-        match fixer.word(t.sigval, None) {
-            NewWord::Same => continue,
-            NewWord::Value(n) => data.new_sigval = n,
-            NewWord::Reloc(target, symbol) => {
-                data.reloc =
-                    Some(proto::Reloc { place: None, target: Some(target), symbol, conservative: true });
-            }
-            NewWord::Lost(code, why) => {
-                w.findings.refuse(
-                    code,
-                    format!("the value of POSIX timer {} ({:#x}) cannot be carried: {why}", t.id, t.sigval),
-                    format!("POSIX timer {}", t.id),
-                    "nothing can be done about it but an update at another moment",
-                    t.sigval,
-                );
-                continue;
-            }
-        }
-        w.patch.timers.push(data);
+        let (what, path) = (format!("the value of POSIX timer {}", t.id), format!("POSIX timer {}", t.id));
+        let Some((new_sigval, reloc)) = kept(w, fixer, t.sigval, &what, path) else { continue };
+        w.patch.timers.push(proto::TimerData { id: t.id, old_sigval: t.sigval, new_sigval, reloc });
     }
 }
 
