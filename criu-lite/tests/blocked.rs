@@ -245,6 +245,8 @@ fn what_is_left_of_a_timeout_is_in_the_image_where_it_can_be_known() {
     }
     let mut last = u64::MAX;
     for _ in 0..3 {
+        // The kernel writes down what is left when it interrupts the call: the thread has to be in it again.
+        p.wait_blocked_in(tids[1].0, &[libc::SYS_nanosleep, libc::SYS_restart_syscall]);
         let mut f = Frozen::seize(Pid(p.pid()), &FreezeOptions::default()).unwrap();
         let states = f.quiesce(&QuiesceOptions::default()).unwrap();
         let process = f.collect(&states).unwrap().process;

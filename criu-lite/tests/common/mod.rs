@@ -63,9 +63,14 @@ impl Program {
 
     /// Waits until a thread sleeps in the system call.
     pub fn wait_blocked(&self, tid: i32, nr: i64) {
+        self.wait_blocked_in(tid, &[nr]);
+    }
+
+    /// Waits until a thread sleeps in one of these system calls.
+    pub fn wait_blocked_in(&self, tid: i32, calls: &[i64]) {
         let path = format!("/proc/{}/task/{tid}/syscall", self.pid());
-        let want = format!("{nr} ");
-        while !std::fs::read_to_string(&path).unwrap().starts_with(&want) {
+        let sleeps = |s: &str| s.split(' ').next().is_some_and(|n| calls.iter().any(|c| n == c.to_string()));
+        while !sleeps(&std::fs::read_to_string(&path).unwrap()) {
             std::thread::yield_now();
         }
     }

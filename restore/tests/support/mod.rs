@@ -182,6 +182,18 @@ pub fn gone(pid: Pid) -> bool {
     is_zombie(pid) || !Path::new(&format!("/proc/{pid}")).exists()
 }
 
+/// Asks again until there is an answer.
+pub fn eventually<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(t) = ask() {
+            return t;
+        }
+        assert!(Instant::now() < end, "nothing came of it in a minute");
+        std::thread::yield_now();
+    }
+}
+
 /// What a process has open, as /proc shows it, by number.
 pub fn links(pid: Pid) -> BTreeMap<i32, String> {
     std::fs::read_dir(format!("/proc/{pid}/fd"))
