@@ -124,7 +124,8 @@ fn chain(mem: &dyn Memory, first: u64, link: u64, what: &str, max: usize) -> Res
 /// `tcache_perthread_struct` of 2.30–2.41: 64 counts of 16 bits, 64 entries.
 fn tcache(mem: &dyn Memory, at: Addr) -> Result<usize, String> {
     let head = mem.u64(Addr(at.0.wrapping_sub(8))).map_err(|e| format!("tcache {at}: {e}"))? & !7;
-    if head != 0x290 {
+    // The larger one: what is left of a free chunk is too little to split off.
+    if !matches!(head, 0x290 | 0x2a0) {
         return Ok(0); // another version's structure: left to the heap walk
     }
     let mut seen = 0;

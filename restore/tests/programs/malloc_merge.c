@@ -155,6 +155,12 @@ int main(int argc, char **argv) {
 			return 3;
 		}
 	}
+	/* Free chunks that are 16 bytes larger than a thread's cache: too little to split off, so with one arena
+	   the caches of the threads take them whole. */
+	void *roomy[40], *between[40];
+	for (int i = 0; i < 40; i++) roomy[i] = malloc(0x298), between[i] = malloc(24);
+	for (int i = 0; i < 40; i++) free(roomy[i]);
+	if (!between[39]) return 6;
 	pthread_barrier_init(&barrier, NULL, THREADS);
 	pthread_t t[THREADS];
 	for (int i = 1; i < THREADS; i++) pthread_create(&t[i], NULL, work, (void *)(intptr_t)i);

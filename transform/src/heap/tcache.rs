@@ -126,11 +126,14 @@ fn distinct(values: impl Iterator<Item = u64>) -> bool {
     values.filter(|&v| v != 0).all(|v| seen.insert(v))
 }
 
+/// A chunk of its size, or 16 bytes more: what is less than a chunk is not split off (malloc.c, MINSIZE).
 fn looks_like_tcache(chunks: &[Chunk], user: u64) -> bool {
     user.is_multiple_of(16)
         && index(chunks, user).is_some_and(|n| {
             let c = &chunks[n];
-            c.state == ChunkState::InUse && c.arena != Chunk::MMAPPED && (SIZE..SIZE + 24).contains(&c.usable)
+            c.state == ChunkState::InUse
+                && c.arena != Chunk::MMAPPED
+                && (SIZE..=SIZE + 24).contains(&c.usable)
         })
 }
 
