@@ -313,6 +313,13 @@ pub fn take_copies(pid: i32, numbers: &[Fd]) -> io::Result<Vec<OwnedFd>> {
     numbers.iter().map(|n| sys::pidfd_getfd(pidfd.as_fd(), n.0)).collect()
 }
 
+/// The flags of another process's descriptor, O_CLOEXEC with them (proc_pid_fdinfo(5)); 0 if there is none.
+#[must_use]
+pub fn open_flags(pid: i32, fd: i32) -> i32 {
+    let text = std::fs::read(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+    mcr_criu_lite::procfs::fdinfo::FdInfo::parse(&text).flags as i32
+}
+
 /// A tracee of `mcr_criu_lite` as the target of [`install_fds`], with memory for arguments that is unmapped when
 /// this is dropped.
 pub struct InTracee<'t> {

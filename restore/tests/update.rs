@@ -125,7 +125,7 @@ fn record_locks_go_with_the_update() {
 
 /// Updates a server that was started with descriptors at these numbers to one that has a descriptor more, and
 /// looks whether both versions' own are there.
-fn grows_by_one(inherited: &[(RawFd, RawFd)]) {
+fn grows_by_one(inherited: &[(RawFd, RawFd)], flags: &str) {
     let server = Server::start_with(&plain(), &["PORT"], inherited);
     let mut a = server.connect();
     assert_eq!(a.ask("PING"), "PONG");
@@ -137,8 +137,8 @@ fn grows_by_one(inherited: &[(RawFd, RawFd)]) {
             .count()
     };
     let before = support::eventually(|| Some(support::links(server.pid())).filter(|l| own(l) == 2));
-    let r = update(server.pid(), &build_source("boot_server.c", "extra", &["-DEXTRA"]), &options())
-        .unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
+    let new = build_source("boot_server.c", &format!("extra-{flags}"), &[&format!("-DEXTRA={flags}")]);
+    let r = update(server.pid(), &new, &options()).unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
     let _new = support::Reaper(r.pid);
     let after = support::links(r.pid);
     assert_eq!(a.ask("PING"), "PONG", "{before:?} {after:?}");
@@ -146,14 +146,21 @@ fn grows_by_one(inherited: &[(RawFd, RawFd)]) {
     for (n, link) in &before {
         assert_eq!(after.get(n), Some(link), "{before:?} {after:?}");
     }
-    let more: Vec<_> =
-        after.iter().filter(|(n, _)| !before.contains_key(n)).map(|(_, l)| l.as_str()).collect();
-    assert_eq!(more, ["anon_inode:[eventfd]"], "{before:?} {after:?}");
+    let more: Vec<_> = after.iter().filter(|(n, _)| !before.contains_key(n)).collect();
+    let [(number, link)] = more[..] else { panic!("{before:?} {after:?}") };
+    assert_eq!(link, "anon_inode:[eventfd]");
+    let closes = mcr_restore::fds::open_flags(r.pid.0, *number) & libc::O_CLOEXEC != 0;
+    assert_eq!(closes, flags == "EFD_CLOEXEC");
+}
+
+#[test]
+fn an_added_descriptor_closes_on_exec_if_the_new_version_says_so() {
+    grows_by_one(&[], "EFD_CLOEXEC");
 }
 
 #[test]
 fn an_added_descriptor_makes_room_for_the_old_ones() {
-    grows_by_one(&[]);
+    grows_by_one(&[], "0");
 }
 
 #[test]
@@ -164,13 +171,13 @@ fn descriptors_that_old_was_started_with_shift_nothing() {
     let (p, w) = (reader.as_raw_fd(), writer.as_raw_fd());
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
     let n = null.as_raw_fd();
-    grows_by_one(&[(3, w)]);
-    grows_by_one(&[(4, p)]);
-    grows_by_one(&[(5, n)]);
-    grows_by_one(&[(6, w)]);
-    grows_by_one(&[(7, n)]);
-    grows_by_one(&[(3, p), (5, w), (7, n)]);
-    grows_by_one(&[(3, n), (4, n), (5, w), (6, w), (8, p), (9, n), (30, w)]);
+    grows_by_one(&[(3, w)], "0");
+    grows_by_one(&[(4, p)], "0");
+    grows_by_one(&[(5, n)], "0");
+    grows_by_one(&[(6, w)], "0");
+    grows_by_one(&[(7, n)], "0");
+    grows_by_one(&[(3, p), (5, w), (7, n)], "0");
+    grows_by_one(&[(3, n), (4, n), (5, w), (6, w), (8, p), (9, n), (30, w)], "0");
 }
 
 #[test]

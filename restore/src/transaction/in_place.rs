@@ -7,7 +7,7 @@ use super::programs::{Programs, old_program, plan};
 use super::rehearse::{Rehearsal, rehearse};
 use super::{UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
 use crate::boot::fates;
-use crate::fds::{InTracee, Install, install_fds, take_copies};
+use crate::fds::{InTracee, Install, install_fds, open_flags, take_copies};
 use crate::inplace::{self, InPlace, Input, Laid, PlanError, Stale, refreshed};
 use crate::link::Span;
 use mcr_criu_lite::tracee::commit;
@@ -200,7 +200,10 @@ impl Given {
         let installs: Vec<Install<'_>> = numbers
             .iter()
             .zip(&files)
-            .map(|(n, f)| Install { number: *n, file: f.as_fd(), cloexec: false })
+            .map(|(n, f)| {
+                let cloexec = open_flags(host.0, n.0) & libc::O_CLOEXEC != 0;
+                Install { number: *n, file: f.as_fd(), cloexec }
+            })
             .collect();
         let pid = frozen.pid().0;
         let leader = frozen.leader();

@@ -18,6 +18,7 @@
 #endif
 
 static int listener, epfd;
+/* EXTRA: with these flags. */
 #ifdef EXTRA
 int extra;
 #endif
@@ -63,7 +64,7 @@ void start_up(int argc, char **argv)
 #endif
 #ifdef EXTRA
 	/* Takes a number that belongs to the listener. */
-	extra = eventfd(7, 0);
+	extra = eventfd(7, EXTRA);
 #endif
 #ifdef OVER
 	/* Insists on numbers one of which belongs to a client. */

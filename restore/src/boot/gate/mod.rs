@@ -283,7 +283,9 @@ pub(super) fn kind_of(host: &Host, fd: i32) -> Option<(Kind, String)> {
         "anon_inode:[eventfd]" => Kind::EventFd,
         "anon_inode:[timerfd]" => Kind::TimerFd,
         "anon_inode:[signalfd]" => Kind::SignalFd,
-        l if l.starts_with("pipe:") => Kind::Pipe { write_end: fd_flags(host, fd) & 3 == libc::O_WRONLY },
+        l if l.starts_with("pipe:") => {
+            Kind::Pipe { write_end: crate::fds::open_flags(host.pid.0, fd) & 3 == libc::O_WRONLY }
+        }
         l if l.starts_with("socket:") => match host.socket_kind(fd) {
             Ok((family, kind)) => Kind::Socket { family, kind, connected: false },
             Err(_) => Kind::Other,
@@ -295,10 +297,4 @@ pub(super) fn kind_of(host: &Host, fd: i32) -> Option<(Kind, String)> {
         }
     };
     Some((kind, link))
-}
-
-fn fd_flags(host: &Host, fd: i32) -> i32 {
-    let text = std::fs::read_to_string(format!("/proc/{}/fdinfo/{fd}", host.pid)).unwrap_or_default();
-    let flags = text.lines().find_map(|l| l.strip_prefix("flags:"));
-    flags.and_then(|f| i32::from_str_radix(f.trim(), 8).ok()).unwrap_or(0)
 }
