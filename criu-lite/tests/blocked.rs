@@ -113,7 +113,9 @@ int main(void) {
     sigemptyset(&none); sigemptyset(&usr1); sigemptyset(&usr2); sigemptyset(&quiet_set);
     sigaddset(&usr1, SIGUSR1); sigaddset(&usr2, SIGUSR2); sigaddset(&quiet_set, SIGRTMIN + 3);
     pthread_sigmask(SIG_BLOCK, &usr1, 0); pthread_sigmask(SIG_BLOCK, &usr2, 0); pthread_sigmask(SIG_BLOCK, &quiet_set, 0);
-    none = usr1; sigaddset(&none, SIGUSR2);
+    none = usr1; sigaddset(&none, SIGUSR2); sigaddset(&none, SIGCHLD);
+    /* pthread_kill(3) blocks everything for a moment: a SIGCHLD of that moment is not ignored but wakes another thread. */
+    sigset_t chld; sigemptyset(&chld); sigaddset(&chld, SIGCHLD); pthread_sigmask(SIG_BLOCK, &chld, 0);
     struct sigaction sa = { .sa_handler = on }; sigaction(SIGUSR1, &sa, 0);
     ep_go = epoll_create1(0); ep_silent = epoll_create1(0);
     struct epoll_event e = { EPOLLIN, { .u64 = 0xabcdef01 } };
