@@ -252,7 +252,10 @@ impl Frozen {
         self.since = Instant::now();
         loop {
             let (mut fresh, mut dying) = (Vec::new(), false);
-            for tid in tids(pid).map_err(|_| FreezeError::NoProcess { pid })? {
+            // The leader last: see `release`.
+            let mut tids = tids(pid).map_err(|_| FreezeError::NoProcess { pid })?;
+            tids.sort_by_key(|t| t.0 == pid.0);
+            for tid in tids {
                 if self.threads.iter().any(|t| t.tid() == tid) {
                     continue;
                 }
@@ -453,8 +456,14 @@ impl Frozen {
                 r => r,
             });
         }
-        // The leader last: should the process be dying, its exit is reported after all others'.
-        for mut t in self.threads.drain(..).rev() {
+        // The leader first: while it is traced, the kernel queues also what the process ignores, like the SIGCHLD of
+        // a child that it forked (sig_ignored, kernel/signal.c), and wakes whichever thread would take it: a call of
+        // a thread that was let go before would end with EINTR. Should the process be dying, the leader's exit is reported after all
+        // others', so it is waited for last.
+        let leader = self.threads.first_mut().map(Tracee::detach_living).transpose();
+        let leader_lives = !matches!(leader, Ok(Some(false)));
+        first = first.and(leader.map(drop));
+        for mut t in self.threads.drain(..).skip(usize::from(leader_lives)).rev() {
             first = first.and(t.detach_now());
         }
         first

@@ -262,3 +262,45 @@ fn what_is_left_of_a_timeout_is_in_the_image_where_it_can_be_known() {
     }
     p.finish_ok();
 }
+
+const PARENT: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static int ep, ended;
+static void *waiter(void *a) { struct epoll_event e; for (;;) if (epoll_wait(ep, &e, 1, -1) < 0) __atomic_add_fetch(&ended, 1, __ATOMIC_SEQ_CST); return a; }
+int main(void) {
+    ep = epoll_create1(0);
+    pthread_t t; for (int i = 0; i < 12; i++) pthread_create(&t, 0, waiter, 0);
+    puts("ready"); fflush(stdout);
+    struct pollfd in = { 0, POLLIN, 0 };
+    long children = 0;
+    for (; poll(&in, 1, 0) == 0; children++) {
+        long child = syscall(SYS_fork);
+        if (child == 0) _exit(0);
+        while (wait4(child, 0, 0, 0) < 0) if (errno != EINTR) return 3;
+    }
+    printf("%d calls ended early, %ld children\n", ended, children); fflush(stdout);
+    return ended != 0; }
+"#;
+
+/// What the default action ignores would not be ignored in a traced thread, and end other threads' calls.
+#[test]
+fn children_that_end_meanwhile_disturb_nobody() {
+    let mut p = Program::start(PARENT);
+    let tids = mcr_criu_lite::tids(Pid(p.pid())).unwrap();
+    for t in tids.iter().filter(|t| t.0 != p.pid()) {
+        p.wait_blocked(t.0, libc::SYS_epoll_wait);
+    }
+    for _ in 0..400 {
+        Frozen::seize(Pid(p.pid()), &FreezeOptions::default()).unwrap().thaw().unwrap();
+    }
+    p.tell("");
+    p.finish_ok();
+}

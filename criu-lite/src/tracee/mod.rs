@@ -381,6 +381,21 @@ impl Tracee {
         self.detach_now()
     }
 
+    /// Detaches. `false`: it is ending, and [`Tracee::detach_now`] has to reap it.
+    pub(crate) fn detach_living(&mut self) -> Result<bool, TraceError> {
+        if self.detached {
+            return Ok(true);
+        }
+        match self.try_detach() {
+            Ok(()) => {
+                self.detached = true;
+                Ok(true)
+            }
+            Err(TraceError::Gone { .. } | TraceError::Died { .. }) => Ok(self.detached),
+            Err(e) => Err(e),
+        }
+    }
+
     pub(crate) fn detach_now(&mut self) -> Result<(), TraceError> {
         if self.detached {
             return Ok(());
