@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("in place: two updates at once", two_at_once),
         Case::new("in place: a debugger is attached", debugged),
         Case::new("in place: with a process of its own on request", new_pid),
+        Case::new("in place: the service manager is told of another pid, by the main process", notify),
         Case::new("in place: history and trace", history),
         Case::new("in place: without address randomisation", unrandomised),
     ]
@@ -201,6 +202,54 @@ fn new_pid() -> Check {
     // And the next one in place.
     let pid = kv.server.pid;
     ensure!(reported_pid(&update(&mut kv, 2, 3, &[])?)? == pid, "the pid changed");
+    load.verify("3.0")
+}
+
+fn notify() -> Check {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, setsockopt, sockopt};
+    use std::os::fd::AsRawFd;
+    let dir = crate::support::scratch();
+    let path = dir.path().join("notify");
+    let manager = std::os::unix::net::UnixDatagram::bind(&path).map_err(|e| e.to_string())?;
+    setsockopt(&manager, sockopt::PassCred, &true).map_err(|e| e.to_string())?;
+    manager.set_nonblocking(true).map_err(|e| e.to_string())?;
+    let mut kv = Kv::start_with(1, "NOTIFY_SOCKET", path.as_os_str());
+    let mut load = Load::put(&kv, 50, 3)?;
+    let told = || -> Result<(String, i32), nix::Error> {
+        let mut text = [0u8; 64];
+        let mut space = nix::cmsg_space!(nix::sys::socket::UnixCredentials);
+        let mut parts = [std::io::IoSliceMut::new(&mut text)];
+        let got = recvmsg::<UnixAddr>(manager.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
+        let sender = got.cmsgs()?.find_map(|c| match c {
+            ControlMessageOwned::ScmCredentials(c) => Some(c.pid()),
+            _ => None,
+        });
+        let n = got.bytes;
+        Ok((String::from_utf8_lossy(&text[..n]).into_owned(), sender.unwrap_or(0)))
+    };
+    // Same pid: nothing to say. A dry run: nothing has happened.
+    update(&mut kv, 1, 2, &[])?;
+    expect_mcr(
+        0,
+        &[
+            "update",
+            &kv.server.pid.to_string(),
+            "--to",
+            &binary(3).display().to_string(),
+            "--rules",
+            &rules(3).display().to_string(),
+            "--new-pid",
+            "--dry-run",
+        ],
+    )?;
+    ensure!(told() == Err(nix::Error::EAGAIN), "told though the pid stayed");
+    let before = kv.server.pid;
+    let done = update(&mut kv, 2, 3, &["--new-pid"])?;
+    kv.server.becomes(reported_pid(&done)?);
+    let want = (format!("MAINPID={}\n", kv.server.pid), before);
+    let got = told();
+    ensure!(got == Ok(want.clone()), "expected {want:?}, got {got:?}");
+    ensure!(told() == Err(nix::Error::EAGAIN), "told twice");
     load.verify("3.0")
 }
 

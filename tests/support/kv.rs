@@ -40,6 +40,13 @@ impl Kv {
         Kv::start_by(Command::new(binary(v)))
     }
 
+    /// With a variable in its environment.
+    pub fn start_with(v: u32, name: &str, value: &std::ffi::OsStr) -> Kv {
+        let mut cmd = Command::new(binary(v));
+        cmd.env(name, value);
+        Kv::start_by(cmd)
+    }
+
     /// Without address randomisation: the heap touches the program's bss then.
     pub fn start_unrandomised(v: u32) -> Kv {
         let mut cmd = Command::new(binary(v));

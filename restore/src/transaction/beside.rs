@@ -3,7 +3,7 @@
 use super::clock::Clock;
 use super::make::{Files, Guard, Old, at_rest, lay, make, rewrite_pid_files, tids};
 use super::programs::{Programs, old_program};
-use super::{History, UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
+use super::{History, UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, notify, report};
 use crate::boot::Host;
 use mcr_criu_lite::{FreezeOptions, Frozen};
 use mcr_image::{Pid, proto};
@@ -50,6 +50,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     }
     // The commit: from here to the end of `kill` both are whole, and the old one does not run.
     guard.host()?.disarm(&tids)?;
+    findings.extend(notify::main_pid(&mut frozen, process, child));
     let ended = frozen.kill();
     collected.fds.clear();
     let mut host = guard.host.take().ok_or(UpdateError::Internal("no host at the commit"))?;

@@ -8,6 +8,7 @@ mod hand;
 mod history;
 mod in_place;
 mod make;
+mod notify;
 mod offline;
 mod programs;
 mod rehearse;
