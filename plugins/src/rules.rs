@@ -419,6 +419,28 @@ impl Rules {
         &self.fds
     }
 
+    /// The renames the other way round, from the new version to the old one; nothing else can be turned round.
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        let turned = |list: &[Named<String>]| {
+            let one = |n: &Named<String>| Named { key: n.value.clone(), line: n.line, value: n.key.clone() };
+            list.iter().map(one).collect()
+        };
+        let field = |n: &Named<String>| {
+            let (ty, old) = split_field(&n.key)?;
+            let key = format!("{}.{}", self.new_type(ty), n.value);
+            Some(Named { key, line: n.line, value: old.to_owned() })
+        };
+        Self {
+            path: self.path.clone(),
+            globals: turned(&self.globals),
+            types: turned(&self.types),
+            functions: turned(&self.functions),
+            fields: self.fields.iter().filter_map(field).collect(),
+            ..Self::default()
+        }
+    }
+
     /// Every name the rules speak of, to be checked against the two builds: a rule about something that does
     /// not exist is a mistake, never a no-op.
     #[must_use]

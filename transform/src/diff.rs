@@ -39,6 +39,13 @@ pub(crate) struct Diff<'m> {
     diff: LayoutDiff<'m>,
 }
 
+impl<'m> Diff<'m> {
+    /// The comparison itself.
+    pub(crate) fn layout(&self) -> &LayoutDiff<'m> {
+        &self.diff
+    }
+}
+
 /// A scalar local has no type of a name to be paired by: `void` stands for "as it is".
 const AS_IT_IS: TypeId = TypeId::VOID;
 

@@ -5,7 +5,8 @@ use crate::layout::Layouts;
 use crate::plan::{NewProgram, OldState, plan_with_findings};
 use crate::resolve::Known;
 use crate::types::TypeModel;
-use crate::{TransformError, diff};
+use crate::verify::{Depth, Unbooted, Verifier};
+use crate::{PatchedMemory, TransformError, diff};
 use mcr_image::{DebugDirs, ElfFile, Image, Memory, ModuleMap, proto};
 use mcr_plugin::Rules;
 use std::path::{Path, PathBuf};
@@ -149,16 +150,19 @@ pub fn plan_loaded(
     loaded: &Loaded<'_>,
     options: &Options,
 ) -> Result<proto::Patch, TransformError> {
-    Ok(Prepared::new(loaded, &options.rules).plan(process, memory, modules)?.0)
+    let prepared = Prepared::new(loaded, &options.rules);
+    let (mut patch, heap) = prepared.plan(process, memory, modules)?;
+    prepared.verify(process, memory, modules, &heap, &mut patch);
+    Ok(patch)
 }
 
 /// What an update's plan needs of the two programs, worked out once: a plan made with it again (in the pause,
 /// after a rehearsal) has only the process to look at.
 pub struct Prepared<'a> {
     path: String,
-    new: &'a ElfFile,
-    types: &'a TypeModel,
-    old_types: &'a TypeModel,
+    pub(crate) new: &'a ElfFile,
+    pub(crate) types: &'a TypeModel,
+    pub(crate) old_types: &'a TypeModel,
     pub(crate) rules: &'a Rules,
     pub(crate) diff: diff::Diff<'a>,
     pub(crate) changes: Vec<proto::TypeChange>,
@@ -222,6 +226,34 @@ impl<'a> Prepared<'a> {
         let old = OldState { process, memory, modules, elf: &exe.elf, types: self.old_types };
         let new = NewProgram { path: self.path.clone(), elf: self.new, types: self.types };
         plan_with_findings(&old, &new, self)
+    }
+}
+
+impl Prepared<'_> {
+    /// I10 and I11 on the patch alone, before any boot: what does not hold is a refusal among its findings.
+    pub fn verify(
+        &self,
+        process: &proto::Process,
+        memory: &dyn Memory,
+        modules: &ModuleMap,
+        heap: &GlibcHeap,
+        patch: &mut proto::Patch,
+    ) {
+        let started = Instant::now();
+        let found = {
+            let view = PatchedMemory::new(memory, patch);
+            let at = Unbooted(patch);
+            let Some(v) = Verifier::new(self, process, memory, modules, heap, patch) else { return };
+            let relations = v.relations(&view, &at, Depth::All).err().map(|b| b.finding());
+            let trip = v.round_trip(&view, &at).map_or_else(|b| Some(b.finding()), |t| t.finding());
+            [relations, trip]
+        };
+        patch.findings.extend(found.into_iter().flatten());
+        patch.findings.sort_by_key(|f| std::cmp::Reverse(f.severity));
+        let stats = patch.stats.get_or_insert_default();
+        let start_us = stats.phases.last().map_or(0, |p| p.start_us + p.duration_us);
+        let duration_us = started.elapsed().as_micros() as u64;
+        stats.phases.push(proto::Phase { name: "verify".into(), start_us, duration_us, frozen: false });
     }
 }
 

@@ -16,6 +16,7 @@ mod scan;
 mod space;
 mod trace;
 pub mod types;
+pub mod verify;
 
 pub use entry::{
     Loaded, Options, Prepared, image_modules, plan_loaded, plan_process, refuse, transform,

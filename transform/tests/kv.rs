@@ -73,6 +73,7 @@ fn run(old: &str, new: &str, port: u16) -> (proto::Patch, Target, Vec<Client>) {
     }
     assert_eq!(clients[1].ask("MODE upper"), "OK");
     assert_eq!(clients[0].ask("SELFCHECK"), "OK");
+    t.stop();
     let mut process = t.process();
     process.fds = epolls(t.pid());
     let toml = std::fs::read_to_string(example(&format!("{new}.toml"))).unwrap_or_default();

@@ -47,6 +47,7 @@ fn redis_pair() {
     clients[3].write_all(b"BLPOP nolist 0\r\n").unwrap();
     clients[4].write_all(b"*3\r\n$3\r\nSET\r\n$3\r\nab").unwrap();
     ask(&mut clients[5], "PING\r\n");
+    t.stop();
     let process = t.process();
     let started = std::time::Instant::now();
     let p = plan_process(&process, &t, &t.modules(), Path::new(&new), &Options::default()).unwrap();

@@ -18,6 +18,7 @@ mod output;
 pub mod overlay;
 pub mod pairs;
 pub mod redirect;
+pub mod relations;
 mod scan;
 pub mod state;
 mod timers;

@@ -62,6 +62,11 @@ impl<'a> Overlay<'a> {
         self.runs.range(..addr.0 + len).next_back().is_some_and(|(s, b)| s + b.len() as u64 > addr.0)
     }
 
+    /// Everything written so far, ascending.
+    pub fn runs(&self) -> impl Iterator<Item = (Addr, &[u8])> {
+        self.runs.iter().map(|(a, b)| (Addr(*a), &b[..]))
+    }
+
     /// Bytes written so far.
     #[must_use]
     pub fn written(&self) -> usize {

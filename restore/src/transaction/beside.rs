@@ -2,7 +2,7 @@
 
 use super::clock::Clock;
 use super::make::{Files, Guard, Old, at_rest, lay, make, rewrite_pid_files, tids};
-use super::programs::{Programs, old_program};
+use super::programs::{Programs, old_program, plan};
 use super::{History, UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, notify, report};
 use crate::boot::Host;
 use mcr_criu_lite::{FreezeOptions, Frozen};
@@ -17,6 +17,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     mcr_criu_lite::freeze::examine(pid)?;
     let program = old_program(pid)?;
     let programs = Programs::read(new, &program, options)?;
+    let prepared = programs.prepare(options);
     clock.lap("read programs", false);
 
     let history = History::load(pid);
@@ -30,7 +31,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     let process = &collected.process;
     let files: Files<'_> = collected.fds.iter().map(|(n, f)| (*n, f.as_fd())).collect();
     let memory = Arc::clone(frozen.memory());
-    let patch = programs.plan(process, &*memory, &old_modules, options)?;
+    let (patch, _) = plan(&prepared, process, &*memory, &old_modules)?;
     clock.lap("plan", true);
     let tracee = frozen.fork_host()?;
     let child = tracee.pid();
@@ -38,7 +39,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
     clock.lap("fork", true);
     let old = Old { process, modules: &old_modules, memory: &*memory, patch: &patch, files: &files };
-    let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock)?;
+    let (outcome, list) = make(guard.host()?, &old, (&programs, &prepared), options, &mut clock)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     clock.lap("apply", true);
 

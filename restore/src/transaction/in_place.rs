@@ -2,7 +2,7 @@
 //! old process itself.
 
 use super::clock::Clock;
-use super::make::{Files, Old, at_rest, join};
+use super::make::{Files, Old, at_rest, check, join};
 use super::programs::{Programs, old_program, plan};
 use super::rehearse::{Rehearsal, rehearse};
 use super::{UpdateError, UpdateOptions, UpdateReport, entry, hand, not_recorded, report};
@@ -14,6 +14,7 @@ use mcr_criu_lite::tracee::commit;
 use mcr_criu_lite::{FreezeOptions, Frozen};
 use mcr_image::{Blocks, ElfFile, Fd, Memory, Pid, proto};
 use mcr_transform::Prepared;
+use mcr_transform::verify::Depth;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -125,8 +126,11 @@ fn change(
     let none = Files::new();
     let old = Old { process, modules: &modules, memory: &memory, patch: &patch, files: &none };
     let view = Laid { native: &booted.native, host: &host_memory, old: &memory };
-    let list = join(&view, &booted, &outcome.modules, &old, Some(&heap), programs)?;
+    let mut list = join(&view, &booted, &outcome.modules, &old, Some(&heap), programs)?;
     clock.lap("link", true);
+    let both = (programs, prepared);
+    check(&view, &booted, &outcome.modules, &old, Some(&heap), both, &mut list, Depth::Roots)?;
+    clock.lap("relations", true);
 
     let (actions, mut findings) = hand::handlers(process, &modules, &outcome.modules, &outcome.booted);
     let InPlace { commit: plan, findings: more, exe_call, .. } = inplace::plan(&Input {

@@ -5,10 +5,12 @@ use super::programs::Programs;
 use super::{UpdateError, UpdateOptions, hand};
 use crate::apply;
 use crate::boot::{BootOutcome, BootSpec, Host, boot};
-use crate::link::{Booted, LinkInput, Span, WriteList, link};
+use crate::link::{Booted, LinkInput, Span, WriteList, link, relations};
 use mcr_criu_lite::{CollectOptions, Collected, Frozen, reap_hidden};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
+use mcr_transform::Prepared;
 use mcr_transform::heap::GlibcHeap;
+use mcr_transform::verify::Depth;
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -115,7 +117,18 @@ pub(super) fn join(
     old_heap: Option<&GlibcHeap>,
     programs: &Programs,
 ) -> Result<WriteList, UpdateError> {
-    Ok(link(&LinkInput {
+    Ok(link(&input(view, booted, modules, old, old_heap, programs))?)
+}
+
+fn input<'a>(
+    view: &'a dyn Memory,
+    booted: &'a Booted,
+    modules: &'a ModuleMap,
+    old: &Old<'a>,
+    old_heap: Option<&'a GlibcHeap>,
+    programs: &'a Programs,
+) -> LinkInput<'a> {
+    LinkInput {
         patch: old.patch,
         process: old.process,
         old: old.memory,
@@ -127,7 +140,25 @@ pub(super) fn join(
         types: &programs.types,
         new_elf: &programs.new,
         old_heap,
-    })?)
+    }
+}
+
+/// I10 and I11 over what [`join`] made of it.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn check(
+    view: &dyn Memory,
+    booted: &Booted,
+    modules: &ModuleMap,
+    old: &Old<'_>,
+    old_heap: Option<&GlibcHeap>,
+    (programs, prepared): (&Programs, &Prepared<'_>),
+    list: &mut WriteList,
+    depth: Depth,
+) -> Result<(), UpdateError> {
+    let input = input(view, booted, modules, old, old_heap, programs);
+    let checked = relations::check(&input, list, prepared, depth)?;
+    list.findings.extend(checked.findings);
+    Ok(())
 }
 
 /// Boots and links beside the old process, with its open files. The host is booted when this returns, and
@@ -135,7 +166,7 @@ pub(super) fn join(
 pub(super) fn make(
     host: &mut Host,
     old: &Old<'_>,
-    programs: &Programs,
+    (programs, prepared): (&Programs, &Prepared<'_>),
     options: &UpdateOptions,
     clock: &mut Clock,
 ) -> Result<(BootOutcome, WriteList), UpdateError> {
@@ -150,8 +181,12 @@ pub(super) fn make(
     clock.lap("descriptors", true);
     host.memory().refresh();
     let view = Blocks::new(host.memory());
-    let list = join(&view, &outcome.booted, &outcome.modules, old, old_heap.as_ref(), programs)?;
+    let mut list = join(&view, &outcome.booted, &outcome.modules, old, old_heap.as_ref(), programs)?;
     clock.lap("link", true);
+    let both = (programs, prepared);
+    let (booted, modules) = (&outcome.booted, &outcome.modules);
+    check(&view, booted, modules, old, old_heap.as_ref(), both, &mut list, Depth::All)?;
+    clock.lap("relations", true);
     Ok((outcome, list))
 }
 

@@ -24,6 +24,7 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
     if programs.new.build_id().unwrap_or_default() != patch.new_build_id.as_slice() {
         return Err(UpdateError::OtherBuild { path: programs.new_path, planned: hex(&patch.new_build_id) });
     }
+    let prepared = programs.prepare(options);
     clock.lap("read programs", false);
     let mut rebuilt = rebuild::rebuild(
         image,
@@ -44,7 +45,7 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
         .filter_map(|fd| Some((fd.number, handed.files.by_ofd.get(&fd.ofd)?.as_fd())))
         .collect();
     let old = Old { process, modules: &old_modules, memory: &memory, patch: &patch, files: &files };
-    let (outcome, list) = make(guard.host()?, &old, &programs, options, &mut clock)?;
+    let (outcome, list) = make(guard.host()?, &old, (&programs, &prepared), options, &mut clock)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     let host = guard.host()?;
     for t in outcome.booted.threads.iter().rev() {

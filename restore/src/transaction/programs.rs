@@ -31,17 +31,6 @@ impl Programs {
         Ok(Self { new_path, new: Arc::new(elf), types, old_types })
     }
 
-    /// The plan, refused if anything stands in its way.
-    pub(super) fn plan(
-        &self,
-        process: &proto::Process,
-        memory: &dyn Memory,
-        modules: &ModuleMap,
-        options: &UpdateOptions,
-    ) -> Result<proto::Patch, UpdateError> {
-        Ok(plan(&self.prepare(options), process, memory, modules)?.0)
-    }
-
     /// What plans need of both programs, for more than one plan.
     pub(super) fn prepare<'a>(&'a self, options: &'a UpdateOptions) -> Prepared<'a> {
         let loaded = Loaded {

@@ -22,8 +22,10 @@ use crate::{Prepared, Refusal, TransformError};
 pub(crate) use carry::Fix;
 use findings::Findings;
 use fix::Fixer;
+pub(crate) use globals::is_copy;
 use mcr_image::{Addr, ElfFile, Memory, ModuleMap, proto};
 use mcr_plugin::Rules;
+pub(crate) use objects::{Conv, Convs};
 use std::time::Instant;
 
 /// The old process, wherever its memory is: an image, a frozen process, a COW child.

@@ -341,6 +341,7 @@ pub(super) fn finish(
             old_addr: c.old_addr,
             size: c.content.len() as u64,
             type_name: w.new.types.display(c.new_ty),
+            old_type_name: w.old.types.display(c.old_ty),
             count: c.count as u32,
             path: tracer.path(&o.via),
             moved: c.moved,

@@ -130,6 +130,47 @@ impl LayoutDiff<'_> {
         run.out
     }
 
+    /// Which bits of a new object a conversion makes from the old one: a mask of its bytes.
+    #[must_use]
+    pub fn covered(&self, old: TypeId, new: TypeId) -> Vec<u8> {
+        let size = usize::try_from(self.new.size_of(new)).unwrap_or(usize::MAX);
+        let mut mask = vec![0; if size > 1 << 40 { 0 } else { size }];
+        self.cover(&self.plan(old, new).ops, 0, &mut mask);
+        mask
+    }
+
+    fn cover(&self, ops: &[Op], base: u64, mask: &mut [u8]) {
+        let bytes = |mask: &mut [u8], at: u64, len: u64| {
+            let at = usize::try_from(base.saturating_add(at)).unwrap_or(usize::MAX);
+            mask.iter_mut().skip(at).take(usize::try_from(len).unwrap_or(usize::MAX)).for_each(|b| *b = 0xff);
+        };
+        for op in ops {
+            match op {
+                Op::Copy { to, len, .. } => bytes(mask, *to, *len),
+                Op::Float { to, to_size, .. } => bytes(mask, *to, *to_size),
+                Op::Number { to, .. } => {
+                    for bit in to.start..to.start.saturating_add(to.width.into()) {
+                        let bit = bit.saturating_add(base.saturating_mul(8));
+                        if let Some(b) = usize::try_from(bit / 8).ok().and_then(|n| mask.get_mut(n)) {
+                            *b |= 1 << (bit % 8);
+                        }
+                    }
+                }
+                Op::Sub { to, plan, .. } => self.cover(&plan.ops, base.saturating_add(*to), mask),
+                Op::Array { to, count, to_stride, element, .. } => {
+                    for i in 0..*count {
+                        let at = base.saturating_add(*to).saturating_add(i.saturating_mul(*to_stride));
+                        if at >= mask.len() as u64 {
+                            break;
+                        }
+                        self.cover(element, at, mask);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// Whether a rule in `[values]` computes this whole variable.
     #[must_use]
     pub fn has_global_rule(&self, new: &Variable) -> bool {

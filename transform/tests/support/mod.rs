@@ -55,6 +55,13 @@ impl Target {
         let mem = std::fs::File::open(format!("/proc/{}/mem", child.id())).expect("its memory");
         Self { child, lines: Vec::new(), mem }
     }
+    /// Stops a program that would go on by itself (a timer): plans are made of processes that stand still.
+    pub fn stop(&self) {
+        use nix::sys::wait::{WaitPidFlag, waitpid};
+        let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).expect("it lives");
+        waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it stops");
+    }
     /// The words of all lines that start with `tag`.
     pub fn tagged(&self, tag: &str) -> Vec<Vec<String>> {
         let split = |l: &String| l.split(' ').map(str::to_owned).collect::<Vec<_>>();

@@ -1,0 +1,142 @@
+//! I10 and I11 over the finished write list: the host as it will be is compared with the old process. How the list
+//! came about (the pairing, the patch's way through `link`) is not asked.
+//!
+//! - what the patch says has arrived, and nothing else in old memory has changed (`delivered`);
+//! - every pointer of old's typed memory leads to the same object (`mcr_transform::verify`);
+//! - a thread's own words are its own still (`threads`);
+//! - what the kernel keeps for the program (epoll data, timers, the arguments of blocked calls) means the same
+//!   (`kernel`).
+
+mod delivered;
+mod kernel;
+mod placed;
+mod threads;
+
+use super::globals::Layout;
+use super::input::NewThread;
+use super::locals::Sites;
+use super::output::{Refusal, WriteList};
+use super::overlay::Overlay;
+use super::{LinkInput, heap_refusal};
+use mcr_image::unwind::{Frame, unwind};
+use mcr_image::{Regs, Tid, proto};
+use mcr_transform::Prepared;
+use mcr_transform::heap::GlibcHeap;
+use mcr_transform::verify::{Broken, Depth, Relations, Verifier};
+use placed::Placed;
+
+/// What was compared.
+#[derive(Clone, Debug, Default)]
+pub struct Checked {
+    /// Typed pointers.
+    pub relations: Relations,
+    /// Words of threads, and of what the kernel keeps.
+    pub words: usize,
+    /// Bytes of the patch that were found in place.
+    pub delivered: usize,
+    /// What people should know.
+    pub findings: Vec<proto::Finding>,
+}
+
+/// The host as it will be.
+struct Final<'a> {
+    input: &'a LinkInput<'a>,
+    list: &'a WriteList,
+    view: &'a Overlay<'a>,
+    layout: &'a Layout<'a>,
+    sites: &'a Sites,
+    verifier: &'a Verifier<'a>,
+    at: Placed<'a>,
+}
+
+impl Final<'_> {
+    /// General registers of a new thread.
+    fn regs(&self, t: &NewThread) -> Regs {
+        self.list.registers.iter().find(|r| r.tid == t.tid).map_or(t.regs, |r| r.regs)
+    }
+
+    /// Each old thread with the one that takes it over.
+    fn threads(&self) -> impl Iterator<Item = (&proto::Thread, &NewThread)> {
+        self.input
+            .process
+            .threads
+            .iter()
+            .filter_map(|o| Some((o, self.input.booted.thread_for(Tid(o.tid as i32))?)))
+    }
+
+    /// The new version has an object of old's (retained or moved) at an address.
+    fn is_old_object(&self, a: u64) -> bool {
+        self.verifier.is_object(a)
+            || self.input.patch.regions.iter().any(|r| r.start <= a && a < r.start + r.content.len() as u64)
+    }
+}
+
+/// I10, and with [`Depth::All`] I11: what is true of the old process will be true of the new one.
+pub fn check(
+    input: &LinkInput<'_>,
+    list: &WriteList,
+    prepared: &Prepared<'_>,
+    depth: Depth,
+) -> Result<Checked, Refusal> {
+    let mut view = Overlay::new(input.host);
+    for w in &list.memory {
+        view.write(w.addr, &w.bytes);
+    }
+    let read_now;
+    let heap = match input.old_heap {
+        Some(h) => h,
+        None => {
+            read_now = GlibcHeap::read(input.old, &input.process.threads, &input.process.vmas)
+                .map_err(|e| heap_refusal("old", &e.to_string()))?;
+            &read_now
+        }
+    };
+    let Some(verifier) =
+        Verifier::new(prepared, input.process, input.old, input.old_modules, heap, input.patch)
+    else {
+        return Ok(Checked::default());
+    };
+    let frames: Vec<(Tid, Vec<Frame>)> = input
+        .booted
+        .threads
+        .iter()
+        .map(|t| (t.tid, unwind(input.modules, input.host, &t.regs).frames))
+        .collect();
+    let sites = Sites::read(input.types, input.host, input.booted.new_base, &frames);
+    let layout = Layout {
+        booted: input.booted,
+        tls_offset: input.new_elf.tls().map_or(0, |t| t.exe_offset()),
+        sites: &sites,
+        old_pid: input.process.pid,
+    };
+    let now = Final {
+        input,
+        list,
+        view: &view,
+        layout: &layout,
+        sites: &sites,
+        verifier: &verifier,
+        at: Placed { input, list, layout: &layout, sites: &sites, view: &view },
+    };
+    let mut out = Checked { delivered: delivered::check(&now)?, ..Checked::default() };
+    out.words += threads::check(&now, &mut out.findings)?;
+    out.words += kernel::check(&now)?;
+    out.relations = verifier.relations(&view, &now.at, depth).map_err(refused)?;
+    if depth == Depth::All {
+        let trip = verifier.round_trip(&view, &now.at).map_err(refused)?;
+        out.findings.extend(trip.finding());
+    }
+    Ok(out)
+}
+
+fn refused(b: Broken) -> Refusal {
+    Refusal { invariant: b.invariant, message: b.message, path: b.path, next_step: b.next_step.into() }
+}
+
+const NEXT: &str =
+    "the old server goes on; try again, and report this with an image of the process if it stays";
+
+/// I10 does not hold.
+fn relation(message: String, path: impl Into<String>) -> Refusal {
+    Refusal::new("I10", message, NEXT).at(path)
+}

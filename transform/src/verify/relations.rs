@@ -1,0 +1,216 @@
+//! I10 over typed memory: the roots, and what the walk from them counts.
+
+use super::walk::{Value, Walk};
+use super::{Broken, Placing, Root, Verifier};
+use crate::layout::SlotKind;
+use crate::resolve::Elements;
+use crate::trace::word_at;
+use crate::types::{Type, TypeId};
+use mcr_image::elf::SectionKind;
+use mcr_image::{Addr, Memory, proto};
+use mcr_plugin::Keep;
+use std::collections::HashSet;
+use std::ops::Range;
+
+/// What was compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Relations {
+    /// Roots.
+    pub roots: usize,
+    /// Objects outside of roots.
+    pub objects: usize,
+    /// Pointers, thread and process ids.
+    pub edges: usize,
+    /// Of these, the ones of which nobody can say what they must become.
+    pub unknown: usize,
+}
+
+/// How far from the roots to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// The roots alone.
+    Roots,
+    /// Everything that they reach.
+    All,
+}
+
+impl Verifier<'_> {
+    /// I10: every pointer that was true in the old version is true in the new one.
+    pub fn relations(&self, view: &dyn Memory, at: &dyn Placing, depth: Depth) -> Result<Relations, Broken> {
+        self.moved_apart()?;
+        let mut walk = Walk::new(self, view, at);
+        for (i, g) in self.patch.globals.iter().enumerate() {
+            let Some((old, new)) = self.global(g) else { continue };
+            let rules = self.prepared.rules;
+            if rules.global_value(&new.display()).or_else(|| rules.global_value(&new.name)).is_some() {
+                continue; // computed
+            }
+            let (Some(now), Ok(then)) =
+                (at.root(Root::Global(i)), self.memory.bytes(Addr(g.old_addr), old.size as usize))
+            else {
+                continue;
+            };
+            let native = ranges(&g.keep_native);
+            self.array(&mut walk, &old.display(), (old, new), &then, &now, &native, g.old_addr)?;
+        }
+        for (i, t) in self.patch.tls.iter().enumerate() {
+            let Some((old, addr, new)) = self.thread_local(t) else { continue };
+            let (Some(now), Ok(then)) =
+                (at.root(Root::Tls(i)), self.memory.bytes(Addr(addr), old.size as usize))
+            else {
+                continue;
+            };
+            let native = ranges(&t.keep_native);
+            let name = format!("{} of thread {}", old.display(), t.old_tid);
+            self.array(&mut walk, &name, (old, new), &then, &now, &native, addr)?;
+        }
+        for (i, l) in self.patch.locals.iter().enumerate() {
+            let (Some(old), Some(now)) = (self.local(l), at.root(Root::Local(i))) else { continue };
+            walk.found.roots += 1;
+            let node = walk.node(format!("{}::{} of thread {}", l.function, l.variable, l.old_tid));
+            walk.value(
+                node,
+                &Value {
+                    old_ty: old.ty,
+                    new_ty: self.rl().pair(old.ty),
+                    old: &old.bytes,
+                    new: &now,
+                    native: &ranges(&l.keep_native),
+                    addr: old.addr,
+                    weak: true,
+                },
+            )?;
+        }
+        self.nothing_is_lost()?;
+        if depth == Depth::All {
+            walk.run()?;
+        }
+        Ok(walk.found)
+    }
+
+    /// A variable: element by element where it is an array.
+    #[allow(clippy::too_many_arguments)]
+    fn array(
+        &self,
+        walk: &mut Walk<'_, '_>,
+        name: &str,
+        (old, new): (&crate::types::Variable, &crate::types::Variable),
+        then: &[u8],
+        now: &[u8],
+        native: &[Range<u64>],
+        addr: u64,
+    ) -> Result<(), Broken> {
+        walk.found.roots += 1;
+        let (o, n) = (self.prepared.old_types, self.prepared.types);
+        fn value<'b>(
+            (old_ty, new_ty): (TypeId, TypeId),
+            (old, new): (&'b [u8], &'b [u8]),
+            native: &'b [Range<u64>],
+            addr: u64,
+        ) -> Value<'b> {
+            Value { old_ty, new_ty: Some(new_ty), old, new, native, addr, weak: false }
+        }
+        let (Type::Array { element: a, .. }, Type::Array { element: b, .. }) =
+            (o.strip(old.ty), n.strip(new.ty))
+        else {
+            let node = walk.node(name.to_owned());
+            return walk.value(node, &value((old.ty, new.ty), (then, now), native, addr));
+        };
+        let (os, ns) = (o.size_of(*a), n.size_of(*b));
+        if os == 0 || ns == 0 || self.prepared.layouts.of(*a).slots.is_empty() {
+            return Ok(());
+        }
+        let elements = self.resolver.elements(old, new);
+        for i in 0..then.len() as u64 / os {
+            let j = match &*elements {
+                Elements::Same => Some(i),
+                Elements::Keyed(map) => map.get(i as usize).copied().flatten(),
+                Elements::Unknown(_) => None,
+            };
+            let Some(to) = j.and_then(|j| now.get((j * ns) as usize..((j + 1) * ns) as usize)) else {
+                continue;
+            };
+            let from = &then[(i * os) as usize..((i + 1) * os) as usize];
+            let base = j.unwrap_or(i) * ns;
+            let inside: Vec<Range<u64>> = native
+                .iter()
+                .filter(|r| r.start < base + ns && base < r.end)
+                .map(|r| r.start.saturating_sub(base)..r.end.min(base + ns) - base)
+                .collect();
+            let node = walk.node(format!("{name}[{i}]"));
+            walk.value(node, &value((*a, *b), (from, to), &inside, addr + i * os))?;
+        }
+        Ok(())
+    }
+
+    /// Objects with a new layout do not overlap each other: what was two is two.
+    fn moved_apart(&self) -> Result<(), Broken> {
+        let mut places: Vec<(u64, u64, u64)> =
+            self.patch.objects.iter().map(|o| (o.addr, o.addr + o.size, o.old_addr)).collect();
+        places.sort_unstable();
+        match places.windows(2).find(|w| w[1].0 < w[0].1) {
+            None => Ok(()),
+            Some(w) => Err(Broken::relation(
+                format!(
+                    "the objects that were at {:#x} and {:#x} in the old version overlap in the new one, at {:#x}",
+                    w[0].2, w[1].2, w[1].0
+                ),
+                self.patch
+                    .objects
+                    .iter()
+                    .find(|o| o.old_addr == w[1].2)
+                    .map_or(String::new(), |o| o.path.clone()),
+                w[1].2,
+            )),
+        }
+    }
+
+    /// A global of old that points at a heap object is carried, or somebody decided otherwise.
+    fn nothing_is_lost(&self) -> Result<(), Broken> {
+        let carried: HashSet<u64> = self.patch.globals.iter().map(|g| g.old_addr).collect();
+        let elf = self.resolver.old_elf;
+        for v in self.prepared.old_types.globals() {
+            let Some(link) = v.place.link() else { continue };
+            let addr = link.at(Addr(self.bias)).0;
+            if carried.contains(&addr)
+                || v.size == 0
+                || !matches!(elf.section_kind(link), SectionKind::Data | SectionKind::Bss)
+                || elf.object_at(link).is_some_and(|s| s.addr != link)
+            {
+                continue;
+            }
+            let slots = &self.prepared.layouts.of(v.ty).slots;
+            if !slots.iter().any(|s| matches!(s.kind, SlotKind::Pointer(_))) {
+                continue;
+            }
+            let Some(new) = self.resolver.new_variable(v).filter(|n| n.place.link().is_some()) else {
+                continue; // dropped, and told so
+            };
+            let rules = self.prepared.rules;
+            if rules.keep(&new.name).or_else(|| rules.keep(&v.name)) == Some(Keep::New) {
+                continue;
+            }
+            let Ok(bytes) = self.memory.bytes(Addr(addr), v.size as usize) else { continue };
+            let lost = slots.iter().filter(|s| matches!(s.kind, SlotKind::Pointer(_))).find_map(|s| {
+                word_at(&bytes, s.offset).filter(|p| self.is_object(*p)).map(|p| (s.offset, p))
+            });
+            if let Some((offset, p)) = lost {
+                let initial = elf.initial_bytes(link, v.size as usize, Addr(self.bias));
+                if crate::plan::is_copy(initial.as_ref()) {
+                    continue;
+                }
+                let field = self.prepared.layouts.field_path(v.ty, offset);
+                let dot = if field.is_empty() || field.starts_with('[') { "" } else { "." };
+                let path = format!("{}{dot}{field}", v.display());
+                let message =
+                    format!("{path} led to the object at {p:#x} in the old version, and nothing carries it");
+                return Err(Broken::relation(message, path, addr + offset));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn ranges(native: &[proto::Range]) -> Vec<Range<u64>> {
+    native.iter().map(|r| r.start..r.end).collect()
+}
