@@ -7,6 +7,7 @@ use crate::link::{KernelCall, NewThread};
 use mcr_criu_lite::tracee::commit::{Call, CommitPlan, result_of};
 use mcr_image::proto::fd::Object;
 use mcr_image::{Addr, proto};
+use std::collections::HashMap;
 
 /// RSEQ_FLAG_UNREGISTER (include/uapi/linux/rseq.h, Linux 4.18).
 const RSEQ_UNREGISTER: u64 = 1;
@@ -41,12 +42,16 @@ fn event(plan: &mut CommitPlan, events: u32, data: u64) -> u64 {
 
 /// The old epoll objects stay; the data words of their watches are the new version's.
 pub(super) fn epolls(input: &Input<'_>, plan: &mut CommitPlan) {
+    let mut watches = HashMap::new();
+    for f in &input.old.fds {
+        if let Some(Object::Epoll(e)) = &f.object {
+            // The first of several on the same number: the others' descriptors were closed.
+            watches.extend(e.watches.iter().rev().map(|w| ((f.number, w.fd), w)));
+        }
+    }
     for c in &input.list.calls {
         let KernelCall::EpollCtl { epoll, op, fd, events, data } = c else { continue };
-        let now = input.old.fds.iter().filter(|f| f.number == epoll.0 as u32).find_map(|f| match &f.object {
-            Some(Object::Epoll(e)) => e.watches.iter().find(|w| w.fd == fd.0 as u32),
-            _ => None,
-        });
+        let now = watches.get(&(epoll.0 as u32, fd.0 as u32)).copied();
         let word = |n: i32| n as u32 as u64;
         let args = |op: i32, event: u64| [word(epoll.0), word(op), word(fd.0), event];
         let set = event(plan, *events, *data);

@@ -4,7 +4,7 @@
 use super::input::Booted;
 use super::output::{KernelCall, Refusal};
 use mcr_image::{Fd, Tid, proto};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 const EPOLL_CTL_ADD: i32 = 1;
 const EPOLL_CTL_DEL: i32 = 2;
@@ -35,6 +35,7 @@ pub fn epolls(
     calls: &mut Vec<KernelCall>,
     findings: &mut Vec<proto::Finding>,
 ) -> Result<(), Refusal> {
+    let changes: HashMap<_, _> = patch.epoll.iter().map(|c| ((c.epoll_fd, c.fd, c.old_data), c)).collect();
     for e in &booted.epolls {
         let native: BTreeMap<u32, &proto::EpollWatch> = e.watches.iter().map(|w| (w.fd, w)).collect();
         let from_old = e.old_fd.map_or(&[][..], |fd| old_watches(process, fd));
@@ -44,10 +45,7 @@ pub fn epolls(
         let mut wanted: BTreeMap<u32, (u32, u64)> = BTreeMap::new();
         if let Some(old_fd) = e.old_fd {
             for w in from_old {
-                let change = patch
-                    .epoll
-                    .iter()
-                    .find(|c| c.epoll_fd == old_fd.0 as u32 && c.fd == w.fd && c.old_data == w.data);
+                let change = changes.get(&(old_fd.0 as u32, w.fd, w.data)).copied();
                 let data = match change {
                     Some(proto::EpollData { reloc: Some(r), .. }) => resolve(r)?,
                     Some(c) => c.new_data,
