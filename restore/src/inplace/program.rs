@@ -4,7 +4,7 @@ use super::{Input, MemoryPlan, PlanError, Stale, unsupported};
 use crate::link::Span;
 use mcr_criu_lite::tracee::commit::{Call, CommitPlan, result_of};
 use mcr_image::Addr;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 const PAGE: u64 = 4096;
@@ -138,8 +138,8 @@ pub(super) fn lay(input: &Input<'_>, memory: &MemoryPlan, plan: &mut CommitPlan)
 
 /// The lowest free descriptor number.
 fn free_descriptor(input: &Input<'_>) -> u64 {
-    let taken = |n: u64| input.old.fds.iter().any(|f| u64::from(f.number) == n);
-    (0..).find(|n| !taken(*n)).unwrap_or_default()
+    let taken: HashSet<u64> = input.old.fds.iter().map(|f| f.number.into()).collect();
+    (0..).find(|n| !taken.contains(n)).unwrap_or_default()
 }
 
 /// A free range behind the new version's own memory.
