@@ -154,6 +154,10 @@ pub struct UpdateArgs {
     /// Seconds that one run of the health command may take
     #[arg(long, default_value_t = 5.0, requires = "health")]
     pub health_timeout: f64,
+    /// If the trial fails, keep in this directory what is needed to say why: images of the server before the update
+    /// and of the new version (where it still runs), and the report
+    #[arg(long, value_name = "DIR", requires = "trial")]
+    pub keep: Option<PathBuf>,
     #[command(flatten)]
     pub how: How,
     /// Write all phases in microseconds to this file, as JSON

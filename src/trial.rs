@@ -2,10 +2,13 @@
 
 use crate::cli::UpdateArgs;
 use crate::exit::{Failure, Outcome};
-use crate::update::limit;
+use crate::report;
+use crate::update::{Body, limit};
+use mcr_criu_lite::dump::{DumpOptions, Kept, dump};
 use mcr_image::Pid;
 use mcr_restore::trial::{TrialOptions, Verdict, Watch};
 use serde::Serialize;
+use std::path::{Path, PathBuf};
 
 /// What `--json` says of it.
 #[derive(Serialize)]
@@ -52,6 +55,93 @@ pub fn run(a: &UpdateArgs, watch: Option<Watch>, pid: Pid) -> Option<Trial> {
     ))
 }
 
+/// What says later on why a trial failed; goes again if it does not fail.
+pub struct Evidence {
+    dir: PathBuf,
+    made: bool,
+}
+
+const BEFORE: &str = "before.mcr";
+const AFTER: &str = "after.mcr";
+
+/// An image of a process that runs on.
+fn image(a: &UpdateArgs, pid: Pid, out: &Path) -> Outcome {
+    let options = DumpOptions { leave_running: true, timeout: limit(a.timeout) };
+    dump(pid, out, &options, &mut |_, _| Ok(Kept::default())).map(drop).map_err(Failure::from)
+}
+
+impl Evidence {
+    /// Before the update: an image of the server as it is. None if none is wanted.
+    pub fn begin(a: &UpdateArgs) -> Result<Option<Self>, Failure> {
+        let Some(dir) = a.keep.clone() else { return Ok(None) };
+        let named = |e: &dyn std::fmt::Display| {
+            Failure::refused(format!(
+                "--keep {}: {e}\nprocess {} was not changed and goes on",
+                dir.display(),
+                a.pid
+            ))
+        };
+        let made = !dir.exists();
+        std::fs::create_dir_all(&dir).map_err(|e| named(&e))?;
+        let this = Self { dir: dir.clone(), made };
+        let before = dir.join(BEFORE);
+        if before.exists() {
+            return Err(named(&format!("{BEFORE} of an earlier update is there; give another directory")));
+        }
+        if let Err(e) = image(a, Pid(a.pid), &before) {
+            this.clear();
+            return Err(named(&e.message));
+        }
+        Ok(Some(this))
+    }
+
+    /// Nothing is wrong, or nothing was changed.
+    pub fn clear(&self) {
+        // What stays is only untidy.
+        drop(std::fs::remove_file(self.dir.join(BEFORE)));
+        if self.made {
+            drop(std::fs::remove_dir(&self.dir));
+        }
+    }
+
+    /// After a failed trial: the new version as it is, if it still is, and the report. Says what was kept.
+    fn complete(&self, a: &UpdateArgs, body: &Body, dead: bool) -> String {
+        let mut text = format!("kept in {}: {BEFORE} (the server before the update)", self.dir.display());
+        if !dead {
+            match image(a, Pid(body.pid()), &self.dir.join(AFTER)) {
+                Ok(()) => text.push_str(&format!(", {AFTER} (the new version now)")),
+                Err(e) => text.push_str(&format!(" (no {AFTER}: {})", e.message)),
+            }
+        }
+        match report::stats("update", Some(&self.dir.join("report.json")), body) {
+            Ok(()) => text.push_str(", report.json"),
+            Err(e) => text.push_str(&format!(" (no report.json: {})", e.message)),
+        }
+        let before = self.dir.join(BEFORE);
+        text + &format!(
+            "\nthe same update again, offline: mcr transform {} --to {}",
+            before.display(),
+            a.to.display()
+        )
+    }
+}
+
+/// What came of it all: the trial's verdict, and the evidence kept or gone.
+pub fn outcome(a: &UpdateArgs, body: &Body, evidence: Option<Evidence>) -> Outcome {
+    let failed = body.trial().and_then(|t| t.outcome().err().map(|f| (f, t.dead)));
+    match (failed, evidence) {
+        (None, e) => {
+            e.iter().for_each(Evidence::clear);
+            Ok(())
+        }
+        (Some((f, _)), None) => Err(f),
+        (Some((f, dead)), Some(e)) => {
+            let kept = e.complete(a, body, dead);
+            Err(Failure::with_code(f.code, format!("{}\n{kept}", f.message)))
+        }
+    }
+}
+
 impl Trial {
     /// For people.
     pub fn print(&self) {
@@ -61,7 +151,7 @@ impl Trial {
     }
 
     /// 4 if the server died, 3 if it is not healthy.
-    pub fn outcome(&self) -> Outcome {
+    fn outcome(&self) -> Outcome {
         let (code, next) = match (self.healthy, self.dead) {
             (true, _) => return Ok(()),
             (_, true) => (

@@ -2,7 +2,7 @@
 
 use crate::cli::{How, UpdateArgs};
 use crate::exit::{Failure, Outcome};
-use crate::report;
+use crate::{report, trial};
 use mcr_image::Pid;
 use mcr_image::proto::{Finding, Phase, TypeChange};
 use mcr_plugin::Rules;
@@ -26,7 +26,7 @@ pub struct Body {
     link: mcr_restore::link::LinkStats,
     startup_output: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    trial: Option<crate::trial::Trial>,
+    trial: Option<trial::Trial>,
 }
 
 impl Body {
@@ -50,6 +50,11 @@ impl Body {
     /// The new process.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// What became of it in its trial.
+    pub fn trial(&self) -> Option<&trial::Trial> {
+        self.trial.as_ref()
     }
 
     /// Waterfall, findings, and the pid on standard output.
@@ -111,12 +116,15 @@ pub fn run(a: &UpdateArgs) -> Outcome {
         progress: (!a.json && std::io::stderr().is_terminal()).then_some(|what| eprintln!("  … {what}")),
         ..UpdateOptions::default()
     };
-    let watch = crate::trial::begin(a, Pid(a.pid))?;
-    let done = update(Pid(a.pid), &a.to, &options)
-        .map_err(|e| failure(&e, &format!("process {} was not changed and goes on", a.pid)))?;
+    let evidence = trial::Evidence::begin(a)?;
+    let watch = trial::begin(a, Pid(a.pid))?;
+    let done = update(Pid(a.pid), &a.to, &options).map_err(|e| {
+        evidence.iter().for_each(trial::Evidence::clear);
+        failure(&e, &format!("process {} was not changed and goes on", a.pid))
+    })?;
     let mut body = Body::new(done);
-    body.trial = crate::trial::run(a, watch, Pid(body.pid));
-    let outcome = body.trial.as_ref().map_or(Ok(()), crate::trial::Trial::outcome);
+    body.trial = trial::run(a, watch, Pid(body.pid));
+    let outcome = trial::outcome(a, &body, evidence);
     report::stats("update", a.stats.as_deref(), &body)?;
     report::trace(a.trace.as_deref(), a.pid, &body.phases)?;
     if a.json {

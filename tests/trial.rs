@@ -42,6 +42,10 @@ impl Small {
         Ok(Small { server, port, new, dir })
     }
 
+    fn kept(&self) -> String {
+        self.dir.path().join("kept").display().to_string()
+    }
+
     fn args(&self, more: &[&str]) -> Vec<String> {
         let new = self.new.display().to_string();
         let all = ["update", &self.server.pid.to_string(), "--to", &new, "--json"].map(str::to_owned);
@@ -54,7 +58,7 @@ fn dies() -> Check {
     let mut client = Client::connect(s.port);
     client.expect("PING", "PONG")?;
     let engine = Command::new(mcr())
-        .args(s.args(&["--trial", "60"]))
+        .args(s.args(&["--trial", "60", "--keep", &s.kept()]))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -74,14 +78,24 @@ fn dies() -> Check {
     }
     let trial = &json(&out)?["trial"];
     ensure!(trial["healthy"] == false && trial["seconds"] == 60.0, "trial: {trial}");
-    drop(s.dir);
+    let report = std::fs::read_to_string(format!("{}/report.json", s.kept())).map_err(|e| e.to_string())?;
+    ensure!(report.contains("SIGSEGV"), "{report}");
+    ensure!(!Path::new(&s.kept()).join("after.mcr").exists(), "an image of a dead process");
+    // The server as it was before can be looked at, and updated again offline.
+    let before = format!("{}/before.mcr", s.kept());
+    let out = expect_mcr(
+        0,
+        &["transform", &before, "--to", &s.new.display().to_string(), "-o", &format!("{before}.new")],
+    )?;
+    drop((out, s.dir));
     Ok(())
 }
 
 fn unhealthy() -> Check {
     let s = Small::start(&[])?;
     let mut client = Client::connect(s.port);
-    let args = s.args(&["--trial", "60", "--health", "echo nothing works in $MCR_PID; exit 7"]);
+    let args =
+        s.args(&["--trial", "60", "--health", "echo nothing works in $MCR_PID; exit 7", "--keep", &s.kept()]);
     let out = expect_mcr(3, &args.iter().map(String::as_str).collect::<Vec<_>>())?;
     let trial = &json(&out)?["trial"];
     let what = trial["what"].as_str().unwrap_or_default();
@@ -89,18 +103,26 @@ fn unhealthy() -> Check {
     ensure!(trial["healthy"] == false && what.contains(&want), "trial: {trial}");
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     ensure!(said.contains("it goes on with all of its state"), "{said}");
+    // Images of both versions.
+    for (image, program) in [("before.mcr", "old"), ("after.mcr", "new")] {
+        let image = mcr_image::Image::open(&Path::new(&s.kept()).join(image)).map_err(|e| e.to_string())?;
+        let exe = image.process().exe_path.clone();
+        ensure!(exe.ends_with(program), "{exe} instead of {program}");
+    }
     client.expect("PING", "PONG")
 }
 
 fn fine() -> Check {
     let mut s = Small::start(&[])?;
     let mut client = Client::connect(s.port);
-    for more in [&["--health", "test -e /proc/$MCR_PID"][..], &[], &["--new-pid"]] {
+    let kept = s.kept();
+    for more in [&["--health", "test -e /proc/$MCR_PID", "--keep", &kept][..], &[], &["--new-pid"]] {
         let args = s.args(&[&["--trial", "0.6"], more].concat());
         let out = expect_mcr(0, &args.iter().map(String::as_str).collect::<Vec<_>>())?;
         s.server.becomes(reported_pid(&out)?);
         let trial = &json(&out)?["trial"];
         ensure!(trial["healthy"] == true, "trial: {trial}");
+        ensure!(!Path::new(&kept).exists(), "kept without need");
         client.expect("PING", "PONG")?;
     }
     Ok(())
