@@ -179,6 +179,14 @@ fn an_engine_killed_before_its_calls_leaves_old_or_new() {
 }
 
 #[test]
+fn sixty_four_threads_change_together() {
+    let mut t = Target::start(63);
+    for round in 0..3 {
+        t.updates(&format!("update {round} of 64 threads"));
+    }
+}
+
+#[test]
 fn a_panic_of_the_engine_leaves_old_or_new() {
     let mut t = Target::start(1);
     let whole = t.engine(|| ()).end();

@@ -20,6 +20,7 @@ use crate::boot::{BootOutcome, Fate};
 use crate::link::{Booted, MemWrite, Span, WriteList};
 use mcr_criu_lite::tracee::commit::{CommitPlan, Context, NewThread, ThreadPlan};
 use mcr_image::{Addr, Memory, Pid, Regs, Tid, proto};
+use std::collections::{HashMap, HashSet};
 
 /// The old process is not what it was at the rehearsal; another rehearsal may help.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -183,33 +184,45 @@ fn pages(pid: Pid, s: Span) -> std::io::Result<Vec<Span>> {
 /// of mutexes that are held, old's have to stand.
 fn thread_ids(input: &Input<'_>, writes: &[MemWrite], findings: &mut Vec<proto::Finding>) -> Vec<MemWrite> {
     let mut out = Vec::new();
+    let mut numbers = HashMap::new();
+    let mut places = HashSet::new();
     for (t, k) in input.outcome.booted.threads.iter().zip(&input.outcome.kernel) {
         let Some(old) = t.old_tid.filter(|_| k.tid_address.0 != 0) else { continue };
-        let put = |addr| MemWrite { addr, bytes: old.0.to_le_bytes().to_vec() };
-        out.push(put(k.tid_address));
-        let native = t.tid.0.to_le_bytes();
-        for w in writes {
-            let skew = (4 - w.addr.0 % 4) as usize % 4;
-            for i in (skew..w.bytes.len().saturating_sub(3)).step_by(4) {
-                let at = w.addr.add(i as u64);
-                if w.bytes[i..i + 4] != native || at == k.tid_address {
-                    continue;
-                }
-                // pthread_mutex_t: lock, count, owner.
-                let lock = i.checked_sub(8).map(|l| &w.bytes[l..l + 4]);
-                if lock.is_some_and(|l| matches!(l[0], 1 | 2) && l[1..] == [0, 0, 0]) {
-                    out.push(put(at));
-                } else if t.tid.0 > 0xffff {
-                    findings.push(crate::link::finding(
-                        proto::Severity::Info,
-                        "thread-id",
-                        format!(
-                            "the word at {at} may be the number of thread {} at its start-up; it stays",
-                            t.tid
-                        ),
-                        "",
-                    ));
-                }
+        let bytes = old.0.to_le_bytes().to_vec();
+        out.push(MemWrite { addr: k.tid_address, bytes: bytes.clone() });
+        places.insert(k.tid_address);
+        numbers.insert(t.tid.0, bytes);
+    }
+    // Nearly no word is one of these.
+    let (Some(first), Some(last)) = (numbers.keys().min().copied(), numbers.keys().max().copied()) else {
+        return out;
+    };
+    for w in writes {
+        let skew = (4 - w.addr.0 % 4) as usize % 4;
+        for (n, word) in w.bytes[skew.min(w.bytes.len())..].as_chunks::<4>().0.iter().enumerate() {
+            let number = i32::from_le_bytes(*word);
+            if number < first || last < number {
+                continue;
+            }
+            let Some(bytes) = numbers.get(&number) else { continue };
+            let i = skew + 4 * n;
+            let at = w.addr.add(i as u64);
+            if places.contains(&at) {
+                continue;
+            }
+            // pthread_mutex_t: lock, count, owner.
+            let lock = i.checked_sub(8).map(|l| &w.bytes[l..l + 4]);
+            if lock.is_some_and(|l| matches!(l[0], 1 | 2) && l[1..] == [0, 0, 0]) {
+                out.push(MemWrite { addr: at, bytes: bytes.clone() });
+            } else if number > 0xffff {
+                findings.push(crate::link::finding(
+                    proto::Severity::Info,
+                    "thread-id",
+                    format!(
+                        "the word at {at} may be the number of thread {number} at its start-up; it stays"
+                    ),
+                    "",
+                ));
             }
         }
     }

@@ -39,7 +39,7 @@ struct worker {
 
 static struct item *first, *last;
 static long count, sum, asked;
-static struct worker workers[8];
+static struct worker workers[64];
 static int nworkers;
 static long *marks;
 static volatile sig_atomic_t signals;
