@@ -81,6 +81,12 @@ impl Relayout for Diff<'_> {
         }
         self.diff.map_offset(old, new, offset, want)
     }
+    fn map_slot(&self, old: TypeId, new: TypeId, offset: u64) -> Option<u64> {
+        if !self.changed(old, new) {
+            return Some(offset);
+        }
+        self.diff.map_slot(old, new, offset)
+    }
     fn size_new(&self, new: TypeId) -> u64 {
         self.diff.new_model().size_of(new)
     }
@@ -100,7 +106,7 @@ impl Relayout for Diff<'_> {
         self.diff.default_global(new).map(plain)
     }
     fn leaf_new(&self, old: TypeId, new: TypeId, offset: u64) -> Option<u64> {
-        let at = self.map_offset(old, new, offset, None)?;
+        let at = self.map_slot(old, new, offset)?;
         scalar_at(self.diff.new_model(), new, at)
     }
 }

@@ -32,6 +32,8 @@ pub(crate) trait Relayout: Sync {
     fn convert(&self, old: TypeId, new: TypeId, bytes: &[u8]) -> Converted;
     /// Where the new type has what the old one has at `offset`; `want`: the type that a pointer there expects.
     fn map_offset(&self, old: TypeId, new: TypeId, offset: u64, want: Option<TypeId>) -> Option<u64>;
+    /// Where the new type has the member that the old one has at `offset`: of the word itself, not of a pointer to it.
+    fn map_slot(&self, old: TypeId, new: TypeId, offset: u64) -> Option<u64>;
     /// `sizeof` in the new version.
     fn size_new(&self, new: TypeId) -> u64;
     /// Offset and element of a flexible array at the end of a new type.

@@ -137,7 +137,6 @@ pub(super) fn threads(
     redirect: &mut Redirect<'_>,
     state: &mut State<'_>,
 ) -> Result<(), Refusal> {
-    let tls_total = tls_bytes(input);
     for t in &input.booted.threads {
         let mut owned: BTreeSet<Target> = BTreeSet::new();
         for site in sites.of(t.tid) {
@@ -171,35 +170,42 @@ pub(super) fn threads(
                 }
             }
         }
-        // The rest of the stack, then the thread's block: for a pthread both are one mapping.
-        let rsp = Addr(t.regs.rsp - RED_ZONE);
-        let stack = t
-            .stack
-            .filter(|s| s.contains(Addr(t.regs.rsp)))
-            .or_else(|| vma_of(input.booted, Addr(t.regs.rsp)))
-            .unwrap_or(Span::new(rsp, rsp));
-        let block = Span::new(Addr(t.fs_base.0 - tls_total), t.fs_base.add(PTHREAD));
-        let entry = input.booted.entry_stack;
-        let end = if stack.contains(t.fs_base) {
-            block.start
-        } else if entry != Addr(0) && stack.contains(entry) {
-            // What execve(2) put above is new's own: the vectors' strings must not become old's, which the
-            // program may free.
-            entry
-        } else {
-            stack.end
-        };
+        let [stack, below, above] = live_parts(input, t);
         let tid = t.tid;
-        redirect.range(rsp, end, &Holder::Stack, |a| format!("thread {tid}: stack word at {a}"), state)?;
-        for (from, to) in [(block.start, t.fs_base), (t.fs_base.add(CONTROL), block.end)] {
+        let name = |a: Addr| format!("thread {tid}: stack word at {a}");
+        redirect.range(stack.start, stack.end, &Holder::Stack, name, state)?;
+        for s in [below, above] {
             let base = t.fs_base.0;
             let name = |a: Addr| {
                 format!("thread {tid}: word {:+#x} from its thread pointer", a.0.wrapping_sub(base) as i64)
             };
-            redirect.range(from, to, &Holder::Thread, name, state)?;
+            redirect.range(s.start, s.end, &Holder::Thread, name, state)?;
         }
     }
     Ok(())
+}
+
+/// What a thread has of its own: its stack in use, its thread-locals, its `struct pthread`. For a pthread all are
+/// one mapping.
+pub(super) fn live_parts(input: &LinkInput<'_>, t: &NewThread) -> [Span; 3] {
+    let rsp = Addr(t.regs.rsp - RED_ZONE);
+    let stack = t
+        .stack
+        .filter(|s| s.contains(Addr(t.regs.rsp)))
+        .or_else(|| vma_of(input.booted, Addr(t.regs.rsp)))
+        .unwrap_or(Span::new(rsp, rsp));
+    let block = Span::new(Addr(t.fs_base.0 - tls_bytes(input)), t.fs_base.add(PTHREAD));
+    let entry = input.booted.entry_stack;
+    let end = if stack.contains(t.fs_base) {
+        block.start
+    } else if entry != Addr(0) && stack.contains(entry) {
+        // What execve(2) put above is new's own: the vectors' strings must not become old's, which the
+        // program may free.
+        entry
+    } else {
+        stack.end
+    };
+    [Span::new(rsp, end), Span::new(block.start, t.fs_base), Span::new(t.fs_base.add(CONTROL), block.end)]
 }
 
 /// Bytes below a thread pointer that hold thread-locals of all modules, generously.

@@ -129,7 +129,7 @@ fn change(
     let mut list = join(&view, &booted, &outcome.modules, &old, Some(&heap), programs)?;
     clock.lap("link", true);
     let both = (programs, prepared);
-    check(&view, &booted, &outcome.modules, &old, Some(&heap), both, &mut list, Depth::Roots)?;
+    check(&view, &booted, &outcome.modules, &old, Some(&heap), both, &mut list, (Depth::Roots, options))?;
     clock.lap("relations", true);
 
     let (actions, mut findings) = hand::handlers(process, &modules, &outcome.modules, &outcome.booted);

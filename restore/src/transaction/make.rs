@@ -153,9 +153,12 @@ pub(super) fn check(
     old_heap: Option<&GlibcHeap>,
     (programs, prepared): (&Programs, &Prepared<'_>),
     list: &mut WriteList,
-    depth: Depth,
+    (depth, options): (Depth, &UpdateOptions),
 ) -> Result<(), UpdateError> {
     let input = input(view, booted, modules, old, old_heap, programs);
+    if let Some(examine) = options.examine.filter(|_| depth == Depth::All) {
+        examine(&input, list, prepared);
+    }
     let checked = relations::check(&input, list, prepared, depth)?;
     list.findings.extend(checked.findings);
     Ok(())
@@ -185,7 +188,7 @@ pub(super) fn make(
     clock.lap("link", true);
     let both = (programs, prepared);
     let (booted, modules) = (&outcome.booted, &outcome.modules);
-    check(&view, booted, modules, old, old_heap.as_ref(), both, &mut list, Depth::All)?;
+    check(&view, booted, modules, old, old_heap.as_ref(), both, &mut list, (Depth::All, options))?;
     clock.lap("relations", true);
     Ok((outcome, list))
 }

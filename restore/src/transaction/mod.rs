@@ -18,10 +18,11 @@ pub use history::{Entry, History};
 pub use offline::restore_update;
 
 use crate::boot::BootOutcome;
-use crate::link::{LinkStats, WriteList};
+use crate::link::{LinkInput, LinkStats, WriteList};
 use clock::Clock;
 use mcr_criu_lite::{CollectOptions, FreezeOptions, Frozen, QuiesceOptions, modules};
 use mcr_image::{Pid, proto};
+use mcr_transform::Prepared;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,7 +44,13 @@ pub struct UpdateOptions {
     pub progress: Option<fn(&str)>,
     /// How to rebuild the process (offline restores).
     pub drop_connections: bool,
+    /// Sees what link made before I10 and I11 look at it, and may spoil it: for tests of these two.
+    #[doc(hidden)]
+    pub examine: Option<Examine>,
 }
+
+/// See [`UpdateOptions::examine`].
+pub type Examine = fn(&LinkInput<'_>, &mut WriteList, &Prepared<'_>);
 
 impl UpdateOptions {
     fn tell(&self, what: &str) {

@@ -144,7 +144,7 @@ pub(super) fn rehearse(
     let mut list = join(&view, &booted, &outcome.modules, &old, heap.as_ref(), programs)?;
     clock.lap("link", false);
     let both = (programs, prepared);
-    check(&view, &booted, &outcome.modules, &old, heap.as_ref(), both, &mut list, Depth::All)?;
+    check(&view, &booted, &outcome.modules, &old, heap.as_ref(), both, &mut list, (Depth::All, options))?;
     clock.lap("relations", false);
     Ok(Rehearsal { guard, outcome, patch, list, process, history, unreferenced })
 }

@@ -37,6 +37,12 @@ static void *worker(void *arg)
 	loggers = l;
 	pthread_mutex_unlock(&lock);
 	pthread_setspecific(key, l);
+#ifdef NOTES
+	/* Known to this stack alone. */
+	struct notes { struct notes *self; long owner, count; char pad[300]; } *volatile notes = calloc(1, sizeof *notes);
+	notes->self = notes;
+	notes->owner = me;
+#endif
 	for (;;) {
 		uint64_t n;
 		if (read(wake[me], &n, sizeof n) != sizeof n)
@@ -45,6 +51,9 @@ static void *worker(void *arg)
 		mine->lines++;
 		lines[me]++;
 		verdict[me] = mine->owner == me && mine->lines == lines[me];
+#ifdef NOTES
+		verdict[me] = verdict[me] && notes->self == notes && notes->owner == me && ++notes->count == lines[me];
+#endif
 		sem_post(&done);
 	}
 	return NULL;

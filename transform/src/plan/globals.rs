@@ -106,7 +106,7 @@ impl Carrier<'_> {
             words.typed(&path, findings, syncs, &mut fixes);
             words.conservative(&path, findings, &mut fixes);
             for (o, fix) in fixes {
-                let Some(n) = self.rl.map_offset(p.old_ty, p.new_ty, o, None) else { continue };
+                let Some(n) = self.rl.map_slot(p.old_ty, p.new_ty, o) else { continue };
                 self.put(&mut out, p.to + n, fix);
             }
         }
@@ -202,7 +202,7 @@ impl Carrier<'_> {
                 continue;
             }
             if let (Some(n), Some(len)) =
-                (self.rl.map_offset(p.old_ty, p.new_ty, o, None), self.rl.leaf_new(p.old_ty, p.new_ty, o))
+                (self.rl.map_slot(p.old_ty, p.new_ty, o), self.rl.leaf_new(p.old_ty, p.new_ty, o))
             {
                 out.native.push(NativeRange {
                     start: p.to + n,

@@ -52,6 +52,18 @@ impl Convs {
 }
 
 impl Conv {
+    /// The new place of an old word inside this object.
+    pub fn place(&self, rl: &dyn Relayout, addr: u64) -> Option<u64> {
+        let off = addr.checked_sub(self.old_addr).filter(|o| *o < self.count * self.old_size);
+        match off.filter(|o| self.tail.is_none_or(|t| *o < t.0)) {
+            None => self.map(rl, addr, None),
+            Some(off) => {
+                let inner = rl.map_slot(self.old_ty, self.new_ty, off % self.old_size)?;
+                Some(self.new_addr + off / self.old_size * self.new_size + inner)
+            }
+        }
+    }
+
     /// The new address of an old one inside this object.
     pub fn map(&self, rl: &dyn Relayout, addr: u64, want: Option<TypeId>) -> Option<u64> {
         if addr < self.old_addr {

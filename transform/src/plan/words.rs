@@ -32,7 +32,7 @@ impl Typed {
         // Where the word is now.
         let now = match fixer.convs.at(old) {
             None => Some((old, None)),
-            Some(n) => fixer.convs.list[n].map(fixer.rl, old, None).map(|a| (a, Some(n))),
+            Some(n) => fixer.convs.list[n].place(fixer.rl, old).map(|a| (a, Some(n))),
         };
         let Some((addr, conv)) = now else { return }; // its member is gone
         match (fix, conv) {
@@ -82,7 +82,9 @@ pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<
             let (mut fixes, mut syncs) = (Fixes::new(), Vec::new());
             words.typed(&path, &mut w.findings, &mut syncs, &mut fixes);
             for s in syncs.iter_mut() {
-                if let Some(Ok(a)) = fixer.convs.map(fixer.rl, s.addr, None) {
+                if let Some(a) =
+                    fixer.convs.at(s.addr).and_then(|n| fixer.convs.list[n].place(fixer.rl, s.addr))
+                {
                     s.addr = a;
                 }
             }

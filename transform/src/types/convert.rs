@@ -242,8 +242,9 @@ impl LayoutDiff<'_> {
         )
     }
 
-    /// Place of a slot: not "the start stays the start", but where this very member went.
-    fn map_slot(&self, old: TypeId, new: TypeId, offset: u64) -> Option<u64> {
+    /// Place of a word: not "the start stays the start", as of a pointer to it, but where this very member went.
+    #[must_use]
+    pub fn map_slot(&self, old: TypeId, new: TypeId, offset: u64) -> Option<u64> {
         let plan = self.plan(old, new);
         slot_in(&plan, self, offset)
     }
@@ -257,6 +258,7 @@ fn slot_in(plan: &Plan, d: &LayoutDiff<'_>, offset: u64) -> Option<u64> {
                 (from.start == offset * 8 && to.start % 8 == 0 && to.width >= from.width)
                     .then_some(to.start / 8)
             }
+            Op::Float { from, to, .. } => (*from == offset).then_some(*to),
             Op::Sub { from, to, plan, .. } => {
                 let rel = offset.checked_sub(*from).filter(|r| *r < d.old.size_of(plan.old))?;
                 slot_in(plan, d, rel).map(|r| to + r)

@@ -105,6 +105,20 @@ impl Verifier<'_> {
         self.space.heap.find(Addr(old)).filter(|c| c.state.in_use()).map_or(0, |c| c.usable)
     }
 
+    /// Nothing of the new version may hold this address: an object moved away from it, or a function of the old
+    /// program began there.
+    pub(super) fn has_left(&self, old: u64) -> bool {
+        if let Some(n) = self.convs.at(old) {
+            let c = &self.convs.list[n];
+            return c.moved && c.old_addr == old;
+        }
+        self.space.program.contains(&old) && {
+            let link = LinkAddr(old.wrapping_sub(self.bias));
+            let text = self.resolver.old_elf.section_kind(link) == SectionKind::Text;
+            text && self.function(link).is_some()
+        }
+    }
+
     /// Whether `new` is in the new version what `old` was in the old one. `want`: what a typed pointer leads to.
     #[must_use]
     pub fn judge(&self, old: u64, new: u64, want: Option<TypeId>, at: &dyn Placing) -> Verdict {
@@ -141,6 +155,10 @@ impl Verifier<'_> {
             let Some(name) = self.function(link) else { return Verdict::Unknown };
             return match self.function_new(to) {
                 Some(n) if n == self.prepared.rules.new_function(&name) => Verdict::Right,
+                // Nothing could be said of it, and the plan told so.
+                _ if old == new && !self.has_function(self.prepared.rules.new_function(&name)) => {
+                    Verdict::Unknown
+                }
                 _ => Verdict::Wrong(format!("function {name}")),
             };
         }
@@ -170,6 +188,10 @@ impl Verifier<'_> {
                 self.resolver.old_elf.function_at(link).filter(|s| s.addr == link).map(|s| s.name.to_owned())
             }
         }
+    }
+
+    fn has_function(&self, name: &str) -> bool {
+        self.prepared.types.functions_named(name).next().is_some() || self.prepared.new.symbol(name).is_some()
     }
 
     fn function_new(&self, link: LinkAddr) -> Option<String> {

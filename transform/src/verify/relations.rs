@@ -1,12 +1,13 @@
 //! I10 over typed memory: the roots, and what the walk from them counts.
 
 use super::walk::{Value, Walk};
-use super::{Broken, Placing, Root, Verifier};
+use super::{Broken, Placing, Root, Verdict, Verifier};
 use crate::layout::SlotKind;
 use crate::resolve::Elements;
 use crate::trace::word_at;
 use crate::types::{Type, TypeId};
 use mcr_image::elf::SectionKind;
+use mcr_image::proto::{place, reloc};
 use mcr_image::{Addr, Memory, proto};
 use mcr_plugin::Keep;
 use std::collections::HashSet;
@@ -38,6 +39,7 @@ impl Verifier<'_> {
     /// I10: every pointer that was true in the old version is true in the new one.
     pub fn relations(&self, view: &dyn Memory, at: &dyn Placing, depth: Depth) -> Result<Relations, Broken> {
         self.moved_apart()?;
+        self.changed_words()?;
         let mut walk = Walk::new(self, view, at);
         for (i, g) in self.patch.globals.iter().enumerate() {
             let Some((old, new)) = self.global(g) else { continue };
@@ -78,6 +80,7 @@ impl Verifier<'_> {
                     native: &ranges(&l.keep_native),
                     addr: old.addr,
                     weak: true,
+                    local: true,
                 },
             )?;
         }
@@ -108,7 +111,7 @@ impl Verifier<'_> {
             native: &'b [Range<u64>],
             addr: u64,
         ) -> Value<'b> {
-            Value { old_ty, new_ty: Some(new_ty), old, new, native, addr, weak: false }
+            Value { old_ty, new_ty: Some(new_ty), old, new, native, addr, weak: false, local: false }
         }
         let (Type::Array { element: a, .. }, Type::Array { element: b, .. }) =
             (o.strip(old.ty), n.strip(new.ty))
@@ -139,6 +142,58 @@ impl Verifier<'_> {
                 .collect();
             let node = walk.node(format!("{name}[{i}]"));
             walk.value(node, &value((*a, *b), (from, to), &inside, addr + i * os))?;
+        }
+        Ok(())
+    }
+
+    /// Words of old memory that keep their place and change: each was an address of what moved, and is its new one.
+    fn changed_words(&self) -> Result<(), Broken> {
+        let wrong = |at: u64, p: u64, q: String, what: &str| {
+            let place = self.patch.objects.iter().find(|o| o.addr <= at && at < o.addr + o.size);
+            let path = place.map_or_else(|| format!("the word at {at:#x}"), |o| o.path.clone());
+            Err(Broken::relation(format!("{path} was {p:#x}, {what}, and becomes {q}"), path, at))
+        };
+        let in_region =
+            |a: u64| self.patch.regions.iter().any(|r| r.start <= a && a < r.start + r.content.len() as u64);
+        for w in self.patch.writes.iter().filter(|w| w.content.len() == 8 && self.convs.at(w.addr).is_none())
+        {
+            let (Ok(p), Some(q)) = (self.memory.u64(Addr(w.addr)), word_at(&w.content, 0)) else { continue };
+            let Some(c) = self.convs.at(p).map(|n| &self.convs.list[n]) else {
+                return wrong(w.addr, p, format!("{q:#x}"), "which stays where it is");
+            };
+            let len = c.count * c.new_size + c.tail.map_or(0, |t| c.end.saturating_sub(c.old_addr + t.0));
+            let lead = c.old_addr - c.start;
+            if q.wrapping_sub(c.new_addr - lead) > lead + len || (p == c.old_addr && q != c.new_addr) {
+                return wrong(
+                    w.addr,
+                    p,
+                    format!("{q:#x}"),
+                    &format!("in the object that is at {:#x} now", c.new_addr),
+                );
+            }
+        }
+        for r in &self.patch.relocs {
+            let Some((place::In::Addr(a), offset)) = r.place.as_ref().and_then(|p| Some((p.r#in?, p.offset)))
+            else {
+                continue;
+            };
+            let at = a + offset;
+            if self.convs.at(at).is_some() || in_region(at) {
+                continue; // compared where its type is known
+            }
+            let Ok(p) = self.memory.u64(Addr(at)) else { continue };
+            let right = match &r.target {
+                Some(reloc::Target::NewLinkAddr(l)) => {
+                    !matches!(self.judge(p, *l, None, &AtZero), Verdict::Wrong(_))
+                }
+                Some(reloc::Target::ThreadOf(tid)) => {
+                    self.process.threads.iter().any(|t| t.tid == *tid && t.fs_base == p)
+                }
+                _ => true,
+            };
+            if !right {
+                return wrong(at, p, r.symbol.clone(), "which is another symbol or thread");
+            }
         }
         Ok(())
     }
@@ -208,6 +263,30 @@ impl Verifier<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// The new program at its link addresses.
+struct AtZero;
+
+impl Placing for AtZero {
+    fn program(&self) -> Option<Addr> {
+        Some(Addr(0))
+    }
+    fn thread(&self, _: u32) -> Option<u64> {
+        None
+    }
+    fn tls(&self, _: u32, _: u64) -> Option<u64> {
+        None
+    }
+    fn local(&self, _: &proto::LocalAddr) -> Option<u64> {
+        None
+    }
+    fn pid(&self, _: u32) -> Option<u32> {
+        None
+    }
+    fn root(&self, _: Root) -> Option<Vec<u8>> {
+        None
     }
 }
 

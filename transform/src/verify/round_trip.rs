@@ -324,7 +324,7 @@ impl Trip<'_, '_, '_> {
         let place = if pair.same {
             Some(at)
         } else {
-            self.v.rl().map_offset(b.old_ty, b.new_ty, leaf, None).map(|n| n + (at - leaf))
+            self.v.rl().map_slot(b.old_ty, b.new_ty, leaf).map(|n| n + (at - leaf))
         };
         if let Some(p) = place
             && b.native.iter().any(|r| r.contains(&p))

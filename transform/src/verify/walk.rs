@@ -57,7 +57,10 @@ pub(super) struct Value<'b> {
     /// In `new`: what keeps the new version's own bytes.
     pub native: &'b [Range<u64>],
     pub addr: u64,
+    /// It may be no such value at all: a word that keeps its value is no evidence.
     pub weak: bool,
+    /// A local: it may be uninitialised, or share its place with another one.
+    pub local: bool,
 }
 
 pub(super) struct Walk<'v, 'a> {
@@ -112,7 +115,7 @@ impl<'v, 'a> Walk<'v, 'a> {
             .iter()
             .filter(|s| wanted(s.kind))
             .filter_map(|s| {
-                let to = new.map_or(Some(s.offset), |n| rl.map_offset(old, n, s.offset, None));
+                let to = new.map_or(Some(s.offset), |n| rl.map_slot(old, n, s.offset));
                 Some(Mapped { old: s.offset, new: to?, kind: s.kind })
             })
             .collect();
@@ -134,13 +137,14 @@ impl<'v, 'a> Walk<'v, 'a> {
             }
             let (Some(p), Some(q)) = (word_at(b.old, s.old), word_at(b.new, s.new)) else { continue };
             let want = if let SlotKind::Pointer(to) = s.kind { Some(to) } else { None };
-            if !(b.weak && p == q) {
+            let unchanged = b.weak && p == q;
+            if !unchanged || (!b.local && self.v.has_left(p)) {
                 self.found.edges += 1;
                 match self.v.judge(p, q, want, self.at) {
                     Verdict::Right => {}
                     Verdict::Unknown => self.found.unknown += 1,
                     // It may be no pointer at all, and be carried as something else.
-                    Verdict::Wrong(_) if b.weak && !self.v.is_object(p) => self.found.unknown += 1,
+                    Verdict::Wrong(_) if b.local && !self.v.is_object(p) => self.found.unknown += 1,
                     Verdict::Wrong(what) => {
                         let path = self.path(node, b.old_ty, s.old);
                         return Err(Broken::relation(
@@ -270,6 +274,7 @@ impl<'v, 'a> Walk<'v, 'a> {
                     native: &[],
                     addr: t.old + i * size,
                     weak: t.weak || i > 0 || (pointers && t.count > 1),
+                    local: false,
                 };
                 self.value(t.node, &value)?;
             }

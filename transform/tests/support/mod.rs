@@ -62,6 +62,12 @@ impl Target {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).expect("it lives");
         waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it stops");
     }
+    /// After [`Self::stop`].
+    pub fn go_on(&self) {
+        let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).expect("it lives");
+        std::thread::yield_now();
+    }
     /// The words of all lines that start with `tag`.
     pub fn tagged(&self, tag: &str) -> Vec<Vec<String>> {
         let split = |l: &String| l.split(' ').map(str::to_owned).collect::<Vec<_>>();

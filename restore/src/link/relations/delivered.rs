@@ -2,7 +2,7 @@
 
 use super::super::output::{LinkStats, Refusal};
 use super::super::overlay::Overlay;
-use super::super::state::State;
+use super::super::state::{State, Target};
 use super::super::{globals, lay_patch, locals, written_ranges};
 use super::{Final, NEXT};
 use mcr_image::{Addr, Memory, Tid};
@@ -11,9 +11,15 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Offset of a `FILE`'s method table, and its size: libc's own objects, whose list `link` joins.
 const VTABLE: u64 = 0xd8;
 
-pub(super) fn check(now: &Final<'_>) -> Result<usize, Refusal> {
+/// The patch laid over the host once more, and nothing else.
+pub(super) struct Asked<'a> {
+    pub state: State<'a>,
+    tls: Vec<Addr>,
+    locals: Vec<Option<Target>>,
+}
+
+pub(super) fn asked<'a>(now: &Final<'a>) -> Result<Asked<'a>, Refusal> {
     let (input, patch) = (now.input, now.input.patch);
-    // The patch once more, and nothing else.
     let mut state = State {
         out: Overlay::new(input.host),
         regs: input.booted.threads.iter().map(|t| (t.tid, t.regs)).collect::<BTreeMap<_, _>>(),
@@ -26,7 +32,12 @@ pub(super) fn check(now: &Final<'_>) -> Result<usize, Refusal> {
     let thread_for = |old: u32| input.booted.thread_for(Tid(old as i32)).map(|t| t.tid);
     let targets = locals::write(patch, now.sites, input.types, thread_for, |_| false, &mut state);
     globals::relocate(patch, now.layout, &targets, &tls, &mut state)?;
+    Ok(Asked { state, tls, locals: targets })
+}
 
+pub(super) fn check(now: &Final<'_>, asked: &Asked<'_>) -> Result<usize, Refusal> {
+    let (input, patch) = (now.input, now.input.patch);
+    let Asked { state, tls, locals: targets } = asked;
     let mut syncs: Vec<(u64, u64)> =
         patch.syncs.iter().map(|s| (s.addr, s.addr + u64::from(s.size))).collect();
     syncs.sort_unstable();
@@ -48,7 +59,7 @@ pub(super) fn check(now: &Final<'_>) -> Result<usize, Refusal> {
             if is_sync(word) || is_stream(now, word) {
                 continue;
             }
-            let ranges = written_ranges(patch, now.layout, &tls, &targets);
+            let ranges = written_ranges(patch, now.layout, tls, targets);
             let what = ranges.iter().rev().find(|r| r.0.0 <= word + 7 && word < r.0.0 + r.1);
             let path = what.map_or_else(|| format!("the word at {word:#x}"), |r| r.2.clone());
             return Err(Refusal::new(

@@ -4,6 +4,7 @@
 //! - what the patch says has arrived, and nothing else in old memory has changed (`delivered`);
 //! - every pointer of old's typed memory leads to the same object (`mcr_transform::verify`);
 //! - a thread's own words are its own still (`threads`);
+//! - a start-up object is one object of old's or none, for every word that leads to it (`twins`);
 //! - what the kernel keeps for the program (epoll data, timers, the arguments of blocked calls) means the same
 //!   (`kernel`).
 
@@ -11,13 +12,14 @@ mod delivered;
 mod kernel;
 mod placed;
 mod threads;
+mod twins;
 
 use super::globals::Layout;
 use super::input::NewThread;
 use super::locals::Sites;
 use super::output::{Refusal, WriteList};
 use super::overlay::Overlay;
-use super::{LinkInput, heap_refusal};
+use super::{LinkInput, heap_refusal, heap_threads, malloc_offsets};
 use mcr_image::unwind::{Frame, unwind};
 use mcr_image::{Regs, Tid, proto};
 use mcr_transform::Prepared;
@@ -62,6 +64,11 @@ impl Final<'_> {
             .threads
             .iter()
             .filter_map(|o| Some((o, self.input.booted.thread_for(Tid(o.tid as i32))?)))
+    }
+
+    /// Where the new threads keep tcache and arena.
+    fn malloc_offsets(&self, native: &GlibcHeap) -> Option<super::malloc::TlsOffsets> {
+        malloc_offsets(self.input, native, self.input.patch.heap.as_ref()?, self.layout.tls_offset)
     }
 
     /// The new version has an object of old's (retained or moved) at an address.
@@ -118,8 +125,18 @@ pub fn check(
         verifier: &verifier,
         at: Placed { input, list, layout: &layout, sites: &sites, view: &view },
     };
-    let mut out = Checked { delivered: delivered::check(&now)?, ..Checked::default() };
-    out.words += threads::check(&now, &mut out.findings)?;
+    let native_threads = heap_threads(input.booted);
+    let native = GlibcHeap::read_again(
+        input.host,
+        &native_threads,
+        &input.booted.native_vmas(),
+        heap.known().as_ref(),
+    )
+    .map_err(|e| heap_refusal("new", &e.to_string()))?;
+    let asked = delivered::asked(&now)?;
+    let mut out = Checked { delivered: delivered::check(&now, &asked)?, ..Checked::default() };
+    out.words += threads::check(&now, &native, &mut out.findings)?;
+    out.words += twins::check(&now, &native, &asked.state.out, &asked.state.set)?;
     out.words += kernel::check(&now)?;
     out.relations = verifier.relations(&view, &now.at, depth).map_err(refused)?;
     if depth == Depth::All {

@@ -6,6 +6,7 @@ use super::super::scan;
 use super::kernel::lost;
 use super::{Final, relation};
 use mcr_image::{Addr, Memory, Regs, Tid, proto};
+use mcr_transform::heap::GlibcHeap;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes below the stack pointer that a leaf function may use.
@@ -13,11 +14,16 @@ const RED_ZONE: u64 = 128;
 /// Above this a stack is not searched.
 const MAX_STACK: u64 = 1 << 20;
 
-pub(super) fn check(now: &Final<'_>, findings: &mut Vec<proto::Finding>) -> Result<usize, Refusal> {
+pub(super) fn check(
+    now: &Final<'_>,
+    native: &GlibcHeap,
+    findings: &mut Vec<proto::Finding>,
+) -> Result<usize, Refusal> {
     let mut words = 0;
     for (old, new) in now.threads() {
-        words += own_block(now, old, (new.tid, new.fs_base), findings)?;
+        words += own_block(now, native, old, (new.tid, new.fs_base), findings)?;
     }
+    words += caches(now, native)?;
     exchanged(now)?;
     Ok(words)
 }
@@ -25,6 +31,7 @@ pub(super) fn check(now: &Final<'_>, findings: &mut Vec<proto::Finding>) -> Resu
 /// Thread-specific data and the rest of `struct pthread`.
 fn own_block(
     now: &Final<'_>,
+    native: &GlibcHeap,
     old: &proto::Thread,
     (tid, fs_base): (Tid, Addr),
     findings: &mut Vec<proto::Finding>,
@@ -43,7 +50,10 @@ fn own_block(
         if now.verifier.carried(p, None).is_none_or(|c| c == q) {
             continue;
         }
-        if now.is_old_object(q) {
+        // glibc marks a key in use by an odd sequence number in front of the value.
+        let specific = key & 1 == 1 && key < 1 << 32 && off % 16 == 8;
+        let start_up = native.find(Addr(q)).is_some_and(|c| c.state.in_use());
+        if now.is_old_object(q) || start_up || (specific && q != 0) {
             return Err(relation(
                 format!(
                     "{path} is the thread's own {p:#x} in the old version, and would be {q:#x}{} in the new one",
@@ -52,9 +62,35 @@ fn own_block(
                 path,
             ));
         }
-        // glibc marks a key in use by an odd sequence number in front of the value.
-        if key & 1 == 1 && key < 1 << 32 && off % 16 == 8 {
+        if specific {
             findings.push(lost(path, p));
+        }
+    }
+    Ok(words)
+}
+
+/// malloc's own words of each thread: the cache and the arena of the old thread that it takes over.
+fn caches(now: &Final<'_>, native: &GlibcHeap) -> Result<usize, Refusal> {
+    let (Some(heap), Some(offsets)) = (&now.input.patch.heap, now.malloc_offsets(native)) else {
+        return Ok(0);
+    };
+    let mut words = 0;
+    for c in heap.tcaches.iter().filter(|_| heap.main_arena != 0) {
+        let Some(t) = now.input.booted.thread_for(Tid(c.old_tid as i32)) else { continue };
+        for (off, want, what) in
+            [(offsets.tcache, c.tcache, "malloc cache"), (offsets.arena, c.thread_arena, "malloc arena")]
+        {
+            let Ok(is) = now.view.u64(t.fs_base.add(off)) else { continue };
+            words += 1;
+            if off != 0 && is != want {
+                let path = format!("thread {}: its {what}", t.tid);
+                return Err(relation(
+                    format!(
+                        "{path} is at {want:#x} in the old version, and would be at {is:#x} in the new one"
+                    ),
+                    path,
+                ));
+            }
         }
     }
     Ok(words)
