@@ -230,34 +230,38 @@ fn dumps(quick: bool) -> Outcome {
         let mut server =
             Server::start(Command::new(&exe).arg(mib.to_string()).current_dir("/"), Some("ready"));
         let (img, copy) = (dir.path().join("big.mcr"), dir.path().join("big.raw"));
-        let (mut dump, mut restore, mut frozen, mut read) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..3 {
-            let plain = plain_copy(server.pid, &copy)?.as_secs_f64();
-            let start = Instant::now();
-            let mut sink = File::open(&copy).map_err(|e| e.to_string())?;
-            let mut buf = vec![0u8; 1 << 20];
-            while sink.read(&mut buf).map_err(|e| e.to_string())? > 0 {}
-            let plain_read = start.elapsed().as_secs_f64();
-            let image = img.display().to_string();
-            let start = Instant::now();
-            let said = mcr(&["dump", &server.pid.to_string(), "-o", &image, "--json"])?;
-            dump.push(start.elapsed().as_secs_f64() / plain);
-            frozen.push(said["frozen_us"].as_f64().unwrap_or(f64::NAN));
-            server.reap();
-            let start = Instant::now();
-            let said = mcr(&["restore", &image, "--json"])?;
-            restore.push(start.elapsed().as_secs_f64() / plain_read);
-            read.push(start.elapsed().as_secs_f64());
-            server.pid = said["pid"].as_i64().ok_or("no pid")? as i32;
+        for level in ["0", "1"] {
+            let (mut dump, mut restore, mut frozen, mut read) =
+                (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..3 {
+                let plain = plain_copy(server.pid, &copy)?.as_secs_f64();
+                let start = Instant::now();
+                let mut sink = File::open(&copy).map_err(|e| e.to_string())?;
+                let mut buf = vec![0u8; 1 << 20];
+                while sink.read(&mut buf).map_err(|e| e.to_string())? > 0 {}
+                let plain_read = start.elapsed().as_secs_f64();
+                let image = img.display().to_string();
+                let start = Instant::now();
+                let said =
+                    mcr(&["dump", &server.pid.to_string(), "-o", &image, "--compress", level, "--json"])?;
+                dump.push(start.elapsed().as_secs_f64() / plain);
+                frozen.push(said["frozen_us"].as_f64().unwrap_or(f64::NAN));
+                server.reap();
+                let start = Instant::now();
+                let said = mcr(&["restore", &image, "--json"])?;
+                restore.push(start.elapsed().as_secs_f64() / plain_read);
+                read.push(start.elapsed().as_secs_f64());
+                server.pid = said["pid"].as_i64().ok_or("no pid")? as i32;
+            }
+            let size = std::fs::metadata(&img).map_err(|e| e.to_string())?.len() >> 20;
+            println!(
+                "{mib} MiB, --compress {level}: dump {:.2} x plain copy (frozen {:.0} us), restore {:.2} x reading the copy ({:.3} s), image {size} MiB",
+                median(dump),
+                median(frozen),
+                median(restore),
+                median(read)
+            );
         }
-        let size = std::fs::metadata(&img).map_err(|e| e.to_string())?.len() >> 20;
-        println!(
-            "{mib} MiB: dump {:.2} x plain copy (frozen {:.0} us), restore {:.2} x reading the copy ({:.3} s), image {size} MiB",
-            median(dump),
-            median(frozen),
-            median(restore),
-            median(read)
-        );
     }
     Ok(())
 }

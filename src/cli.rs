@@ -67,6 +67,9 @@ pub struct DumpArgs {
     /// Seconds for which the connections are kept open for a restore
     #[arg(long, default_value_t = 300)]
     pub keep: u64,
+    /// zstd level of the memory; 0 stores it as it is, which is the fastest where the disk is
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(i32).range(0..=19))]
+    pub compress: i32,
     /// Write all phases in microseconds to this file, as JSON
     #[arg(long)]
     pub stats: Option<PathBuf>,

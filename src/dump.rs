@@ -28,6 +28,7 @@ pub fn run(a: &DumpArgs) -> Outcome {
     let options = DumpOptions {
         leave_running: a.leave_running,
         timeout: Duration::from_secs_f64(a.timeout.clamp(0.01, 3600.0)),
+        level: a.compress,
     };
     let mut keeper = None;
     let mut hook = |image_id: &str, all: &mut Collected| {

@@ -66,7 +66,7 @@ const AFTER: &str = "after.mcr";
 
 /// An image of a process that runs on.
 fn image(a: &UpdateArgs, pid: Pid, out: &Path) -> Outcome {
-    let options = DumpOptions { leave_running: true, timeout: limit(a.timeout) };
+    let options = DumpOptions { leave_running: true, timeout: limit(a.timeout), ..DumpOptions::default() };
     dump(pid, out, &options, &mut |_, _| Ok(Kept::default())).map(drop).map_err(Failure::from)
 }
 

@@ -9,7 +9,7 @@ use crate::quiesce::{QuiesceError, QuiesceOptions};
 use crate::snapshot::Plan;
 use crate::{ProcessMemory, TraceError, modules};
 use mcr_image::proto::{self, EmbeddedFile, Phase, VmaKind};
-use mcr_image::{Addr, ImageError, ImageWriter, Memory, MemoryError, Pid, RecordKind};
+use mcr_image::{Addr, ImageError, ImageWriter, Memory, MemoryError, Pid, RecordKind, WriterOptions};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -22,11 +22,14 @@ pub struct DumpOptions {
     pub leave_running: bool,
     /// For every thread to become quiescent.
     pub timeout: Duration,
+    /// zstd level; 0 stores everything as it is.
+    pub level: i32,
 }
 
 impl Default for DumpOptions {
     fn default() -> Self {
-        Self { leave_running: false, timeout: Duration::from_secs(5) }
+        let level = WriterOptions::default().level;
+        Self { leave_running: false, timeout: Duration::from_secs(5), level }
     }
 }
 
@@ -144,7 +147,8 @@ pub fn dump(
     let mut clock = Clock { origin: now, last: now, phases: Vec::new() };
     crate::freeze::examine(pid)?;
     // A file that cannot be written is found before anything stands still.
-    let mut writer = ImageWriter::create(output)?;
+    let mut writer =
+        ImageWriter::create_with(output, WriterOptions { level: options.level, ..WriterOptions::default() })?;
     modules::preload(pid);
 
     let mut frozen = Frozen::seize(pid, &FreezeOptions { timeout: options.timeout })?;

@@ -8,7 +8,6 @@ use mcr_image::proto::fd::Object;
 use mcr_image::{Addr, Image, Memory, Pid};
 use std::collections::HashMap;
 use std::path::Path;
-use std::time::Duration;
 
 /// Prints where its memory is, then checks and changes it for ever: two counters that are always equal when
 /// it blocks, memory that a fork does not copy, shared memory that it has never touched, a deleted file.
@@ -70,8 +69,24 @@ fn places(p: &mut Program) -> HashMap<String, u64> {
     }
 }
 
+/// What does not compress much, as it is: the same state in a larger file.
+#[test]
+fn stored_as_it_is_or_compressed() {
+    let mut p = Program::start(STATE);
+    let at = places(&mut p);
+    let dir = tempfile::tempdir().unwrap();
+    let sizes = [0, 1].map(|level| {
+        let path = dir.path().join(format!("{level}.mcr"));
+        let options = DumpOptions { leave_running: true, level, ..DumpOptions::default() };
+        let report = dump(Pid(p.pid()), &path, &options, &mut |_, _| Ok(Kept::default())).unwrap();
+        check(&path, &at);
+        (report.pages, std::fs::metadata(&path).unwrap().len())
+    });
+    assert!(sizes[0].1 > sizes[0].0 * 4096 && sizes[1].1 < sizes[0].1, "{sizes:?}");
+}
+
 fn run(pid: i32, output: &Path, leave_running: bool) -> Result<mcr_criu_lite::dump::DumpReport, DumpError> {
-    let options = DumpOptions { leave_running, timeout: Duration::from_secs(5) };
+    let options = DumpOptions { leave_running, ..DumpOptions::default() };
     dump(Pid(pid), output, &options, &mut |_, _| Ok(Kept::default()))
 }
 
