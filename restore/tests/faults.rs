@@ -387,8 +387,13 @@ fn picture(pid: Pid) -> Picture {
     }
 }
 
-/// Every thread sleeps in a call.
+/// Connections that were closed at the other end are closed (the listener and three stay), and every thread sleeps
+/// in a call.
 fn settle(pid: Pid) {
+    support::eventually(|| {
+        let sockets = support::links(pid).values().filter(|l| l.starts_with("socket:")).count();
+        (sockets == 4).then_some(())
+    });
     for tid in mcr_criu_lite::tids(pid).unwrap() {
         let asleep = |n: &str| [libc::SYS_epoll_wait, libc::SYS_futex].iter().any(|s| n == s.to_string());
         while !std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall"))
