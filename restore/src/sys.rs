@@ -9,6 +9,16 @@ fn check(r: i64) -> io::Result<i64> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
 }
 
+/// mallopt(3): memory that is let go stays ours. What a rehearsal has used is used again in the pause, and every page
+/// that the kernel would have to give us anew costs more than what is done with it.
+pub fn keep_memory() {
+    // SAFETY: plain integers; no memory is passed.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+}
+
 /// setsockopt(2) with any level and name.
 pub fn setsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
     // SAFETY: the pointer and the length describe `value`, which outlives the call; the kernel only reads it.

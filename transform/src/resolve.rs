@@ -4,7 +4,7 @@ use crate::layout::record_name;
 use crate::relayout::Relayout;
 use crate::types::{Type, TypeId, TypeModel, VarPlace, Variable};
 use mcr_image::elf::SectionKind;
-use mcr_image::{Addr, ElfFile, LinkAddr};
+use mcr_image::{Addr, ElfFile, FastMap, LinkAddr};
 use mcr_plugin::Rules;
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -34,7 +34,8 @@ pub(crate) enum Elements {
 /// Answers that hold for a pair of programs, wherever they are mapped.
 #[derive(Default)]
 pub(crate) struct Known {
-    targets: RwLock<HashMap<LinkAddr, Target>>,
+    /// By address, and by the type that a pointer to it says.
+    targets: RwLock<FastMap<(LinkAddr, Option<TypeId>), Target>>,
     elements: RwLock<HashMap<LinkAddr, Arc<Elements>>>,
 }
 
@@ -65,9 +66,8 @@ impl<'a> Resolver<'a> {
     /// Resolves an address inside the old program; `want`: the pointee's type where the pointer is typed.
     pub fn resolve(&self, addr: u64, want: Option<TypeId>) -> Target {
         let link = LinkAddr(addr.wrapping_sub(self.bias));
-        if want.is_none()
-            && let Some(t) = self.known.targets.read().unwrap_or_else(PoisonError::into_inner).get(&link)
-        {
+        let key = (link, want);
+        if let Some(t) = self.known.targets.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return t.clone();
         }
         let kind = self.old_elf.section_kind(link);
@@ -80,9 +80,7 @@ impl<'a> Resolver<'a> {
             SectionKind::ReadOnlyOther => Target::Stays,
             _ => Target::Unresolved(format!("{link} is in no code, data or constant of the program")),
         };
-        if want.is_none() {
-            self.known.targets.write().unwrap_or_else(PoisonError::into_inner).insert(link, out.clone());
-        }
+        self.known.targets.write().unwrap_or_else(PoisonError::into_inner).insert(key, out.clone());
         out
     }
 

@@ -3,8 +3,8 @@
 use crate::space::page_down;
 use mcr_image::{Addr, Memory};
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 const BLOCK: u64 = 4 << 20;
 /// How much of a memory that is at hand is looked at in one piece.
@@ -44,42 +44,50 @@ pub(crate) fn scan(mem: &dyn Memory, places: &[Range<u64>], wanted: &Wanted<'_>)
         }
     }
     let (next, bytes, out) = (AtomicUsize::new(0), AtomicU64::new(0), Mutex::new(Hits::default()));
-    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(blocks.len().max(1));
-    std::thread::scope(|s| {
-        for _ in 0..workers {
-            s.spawn(|| {
-                let mut mine = Hits::default();
-                let mut buf = Vec::new();
-                while let Some(b) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    bytes.fetch_add(b.end - b.start, Ordering::Relaxed);
-                    let b = &in_place(mem, b, wanted, &mut mine);
-                    if b.is_empty() {
-                        continue;
-                    }
-                    // Seven bytes more, so that an unaligned word over the border is seen.
-                    let more = if wanted.hidden.is_empty() { 0 } else { 7 };
-                    buf.resize((b.end - b.start + more) as usize, 0);
-                    let whole =
-                        (mem.read(Addr(b.start), &mut buf).is_ok()).then_some(buf.len()).or_else(|| {
-                            let n = (b.end - b.start) as usize;
-                            mem.read(Addr(b.start), &mut buf[..n]).is_ok().then_some(n)
-                        });
-                    match whole {
-                        Some(n) => words(b.start, &buf[..n], b.end, wanted, &mut mine),
-                        None => pages(mem, b, wanted, &mut mine),
-                    }
-                }
-                let mut all = out.lock().expect("no panic while held");
-                all.aligned.append(&mut mine.aligned);
-                all.unaligned.append(&mut mine.unaligned);
+    let work = || {
+        let mut mine = Hits::default();
+        let mut buf = Vec::new();
+        while let Some(b) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            bytes.fetch_add(b.end - b.start, Ordering::Relaxed);
+            let b = &in_place(mem, b, wanted, &mut mine);
+            if b.is_empty() {
+                continue;
+            }
+            // Seven bytes more, so that an unaligned word over the border is seen.
+            let more = if wanted.hidden.is_empty() { 0 } else { 7 };
+            buf.resize((b.end - b.start + more) as usize, 0);
+            let whole = (mem.read(Addr(b.start), &mut buf).is_ok()).then_some(buf.len()).or_else(|| {
+                let n = (b.end - b.start) as usize;
+                mem.read(Addr(b.start), &mut buf[..n]).is_ok().then_some(n)
             });
+            match whole {
+                Some(n) => words(b.start, &buf[..n], b.end, wanted, &mut mine),
+                None => pages(mem, b, wanted, &mut mine),
+            }
         }
+        let mut all = out.lock().expect("no panic while held");
+        all.aligned.append(&mut mine.aligned);
+        all.unaligned.append(&mut mine.unaligned);
+    };
+    // This thread is one of the workers; what is in one or two blocks is not worth another.
+    let helpers = if blocks.len() < 3 { 0 } else { cores().min(blocks.len()) - 1 };
+    std::thread::scope(|s| {
+        for _ in 0..helpers {
+            s.spawn(work);
+        }
+        work();
     });
     let mut out = out.into_inner().expect("no panic while held");
     out.bytes = bytes.into_inner();
     out.aligned.sort_unstable();
     out.unaligned.sort_unstable();
     out
+}
+
+/// How many threads may run at once. Asking takes a dozen system calls.
+fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// Looks at what is at hand without a copy, from the start of the block on. Returns the rest.

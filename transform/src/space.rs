@@ -29,6 +29,16 @@ pub(crate) enum Spot {
     Unmapped,
 }
 
+impl Spot {
+    /// Index of the chunk, in the heap.
+    pub fn chunk(self) -> Option<usize> {
+        match self {
+            Self::Chunk(i) => Some(i),
+            _ => None,
+        }
+    }
+}
+
 /// The old address space, classified.
 pub(crate) struct Space<'a> {
     pub heap: &'a GlibcHeap,

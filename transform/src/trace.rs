@@ -4,11 +4,13 @@
 //! is *strong* when a typed pointer says so, *weak* when it comes from an array whose length is only known
 //! from the chunk: a weak claim needs contents that fit, and never beats a strong one.
 
+use crate::heap::Chunk;
 use crate::layout::{Layouts, SlotKind, record_name};
 use crate::space::{Space, Spot};
 use crate::types::{Type, TypeId};
 use mcr_image::{Addr, Memory};
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 
 /// Slack that malloc may leave behind the requested bytes: rounding, and a remainder too small to split off.
 const SLACK: u64 = 32;
@@ -17,10 +19,10 @@ const SLACK: u64 = 32;
 pub(crate) type ObjId = u32;
 
 /// Where an object was reached from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Via {
-    /// A root, by name.
-    Root(String),
+    /// A root: its name's index.
+    Root(u32),
     /// A slot of another object.
     Slot(ObjId, u64),
 }
@@ -73,9 +75,87 @@ pub(crate) struct TooSmall {
 
 struct Claim {
     addr: u64,
+    spot: Spot,
     ty: TypeId,
     weak: bool,
     via: Via,
+}
+
+/// No object.
+const NONE: ObjId = ObjId::MAX;
+
+/// Objects by address. They are disjoint, and one in a chunk ends in it.
+struct Placed<'a> {
+    chunks: &'a [Chunk],
+    /// For each chunk the object at its start: nearly all there are.
+    first: Vec<ObjId>,
+    /// All others.
+    rest: BTreeMap<u64, ObjId>,
+}
+
+impl<'a> Placed<'a> {
+    fn new(chunks: &'a [Chunk]) -> Self {
+        Self { chunks, first: vec![NONE; chunks.len()], rest: BTreeMap::new() }
+    }
+
+    /// The chunk that starts at `addr`.
+    fn slot(&self, addr: u64, chunk: Option<usize>) -> Option<usize> {
+        chunk.filter(|&i| self.chunks[i].addr.0 == addr)
+    }
+
+    /// The object that starts at `addr`, which is in that chunk.
+    fn at(&self, addr: u64, chunk: Option<usize>) -> Option<ObjId> {
+        match self.slot(addr, chunk) {
+            Some(i) => Some(self.first[i]).filter(|&id| id != NONE),
+            None => self.rest.get(&addr).copied(),
+        }
+    }
+
+    /// The last object that starts at or before `addr` and may cover it.
+    fn before(&self, addr: u64, chunk: Option<usize>) -> Option<ObjId> {
+        let Some(i) = chunk else { return self.rest.range(..=addr).next_back().map(|(_, &id)| id) };
+        let start = self.chunks[i].addr.0;
+        if !self.rest.is_empty()
+            && let Some((_, &id)) = self.rest.range(start..=addr).next_back()
+        {
+            return Some(id);
+        }
+        Some(self.first[i]).filter(|&id| id != NONE)
+    }
+
+    /// Objects that start in a range, ascending.
+    fn range(&self, range: Range<u64>) -> Vec<(u64, ObjId)> {
+        let from = self.chunks.partition_point(|c| c.addr.0 < range.start);
+        let firsts = self.chunks[from..].iter().zip(&self.first[from..]);
+        let mut out: Vec<(u64, ObjId)> = firsts
+            .take_while(|(c, _)| c.addr.0 < range.end)
+            .filter(|(_, id)| **id != NONE)
+            .map(|(c, &id)| (c.addr.0, id))
+            .collect();
+        let more = out.len();
+        out.extend(self.rest.range(range).map(|(a, &id)| (*a, id)));
+        if more > 0 && out.len() > more {
+            out.sort_by_key(|o| o.0);
+        }
+        out
+    }
+
+    fn insert(&mut self, addr: u64, chunk: Option<usize>, id: ObjId) {
+        match self.slot(addr, chunk) {
+            Some(i) => self.first[i] = id,
+            None => {
+                self.rest.insert(addr, id);
+            }
+        }
+    }
+
+    fn remove(&mut self, addr: u64) {
+        if self.rest.remove(&addr).is_none()
+            && let Ok(i) = self.chunks.binary_search_by_key(&addr, |c| c.addr.0)
+        {
+            self.first[i] = NONE;
+        }
+    }
 }
 
 /// The tracer, and what it found.
@@ -84,7 +164,8 @@ pub(crate) struct Tracer<'a> {
     pub space: &'a Space<'a>,
     pub layouts: &'a Layouts<'a>,
     pub objs: Vec<Obj>,
-    by_addr: BTreeMap<u64, ObjId>,
+    placed: Placed<'a>,
+    names: Vec<String>,
     strong: VecDeque<Claim>,
     weak: VecDeque<Claim>,
     pub conflicts: Vec<Conflict>,
@@ -98,7 +179,8 @@ impl<'a> Tracer<'a> {
             space,
             layouts,
             objs: Vec::new(),
-            by_addr: BTreeMap::new(),
+            placed: Placed::new(&space.heap.chunks),
+            names: Vec::new(),
             strong: VecDeque::new(),
             weak: VecDeque::new(),
             conflicts: Vec::new(),
@@ -110,11 +192,12 @@ impl<'a> Tracer<'a> {
     /// A local may be uninitialised still: it is a `weak` witness.
     pub fn root(&mut self, addr: u64, ty: TypeId, name: &str, bytes: &[u8], weak: bool) -> ObjId {
         let id = self.objs.len() as ObjId;
+        let via = self.named(name);
         self.objs.push(Obj {
             addr,
             ty,
             count: 1,
-            via: Via::Root(name.to_owned()),
+            via,
             weak,
             chunk: None,
             dead: false,
@@ -129,7 +212,13 @@ impl<'a> Tracer<'a> {
 
     /// Claims a pointee directly (a rule types a `void *` variable).
     pub fn claim(&mut self, addr: u64, ty: TypeId, name: &str) {
-        self.strong.push_back(Claim { addr, ty, weak: false, via: Via::Root(name.to_owned()) });
+        let (spot, via) = (self.space.spot(addr), self.named(name));
+        self.strong.push_back(Claim { addr, spot, ty, weak: false, via });
+    }
+
+    fn named(&mut self, name: &str) -> Via {
+        self.names.push(name.to_owned());
+        Via::Root(self.names.len() as u32 - 1)
     }
 
     /// Follows everything to the end.
@@ -141,19 +230,24 @@ impl<'a> Tracer<'a> {
 
     /// The live object that covers an address.
     pub fn covering(&self, addr: u64) -> Option<ObjId> {
-        let (_, &id) = self.by_addr.range(..=addr).next_back()?;
+        self.covering_in(addr, self.space.spot(addr).chunk())
+    }
+
+    /// The same where it is known which chunk the address is in.
+    fn covering_in(&self, addr: u64, chunk: Option<usize>) -> Option<ObjId> {
+        let id = self.placed.before(addr, chunk)?;
         let o = &self.objs[id as usize];
         (addr < o.addr + self.extent(o)).then_some(id)
     }
 
     /// How many other live objects lie in `start..end`.
     pub fn neighbours(&self, id: ObjId, start: u64, end: u64) -> usize {
-        self.by_addr.range(start..end).filter(|o| *o.1 != id).count()
+        self.placed.range(start..end).into_iter().filter(|o| o.1 != id).count()
     }
 
     /// Live objects outside of roots, ascending.
     pub fn heap_objects(&self) -> impl Iterator<Item = ObjId> + '_ {
-        self.by_addr.values().copied()
+        self.placed.range(0..u64::MAX).into_iter().map(|o| o.1)
     }
 
     /// Bytes that an object covers.
@@ -208,12 +302,18 @@ impl<'a> Tracer<'a> {
         if value == 0 {
             return;
         }
-        if let Some(&id) = self.by_addr.get(&value)
+        let spot = self.space.spot(value);
+        if let Some(id) = self.placed.at(value, spot.chunk())
             && self.layouts.same(self.objs[id as usize].ty, ty)
         {
             return;
         }
-        let claim = Claim { addr: value, ty, weak, via };
+        // What `take` would turn away at once is not queued.
+        let chunks = &self.space.heap.chunks;
+        if !matches!(spot, Spot::Other) && !spot.chunk().is_some_and(|i| chunks[i].state.in_use()) {
+            return;
+        }
+        let claim = Claim { addr: value, spot, ty, weak, via };
         if weak { self.weak.push_back(claim) } else { self.strong.push_back(claim) }
     }
 
@@ -229,7 +329,7 @@ impl<'a> Tracer<'a> {
         if size == 0 {
             return;
         }
-        let (chunk, room) = match self.space.spot(c.addr) {
+        let (chunk, room) = match c.spot {
             Spot::Chunk(i) => {
                 let chunk = &self.space.heap.chunks[i];
                 if !chunk.state.in_use() {
@@ -240,7 +340,7 @@ impl<'a> Tracer<'a> {
             Spot::Other => (None, self.space.mapping_end(c.addr) - c.addr),
             _ => return,
         };
-        if let Some(id) = self.covering(c.addr) {
+        if let Some(id) = self.covering_in(c.addr, chunk) {
             let o = &self.objs[id as usize];
             let inside = (c.addr - o.addr) % m.size_of(o.ty).max(1);
             if self.layouts.has_at(o.ty, inside, element) {
@@ -273,7 +373,7 @@ impl<'a> Tracer<'a> {
             (None, None) => (1, 0),
             (Some(_), None) => self.count(element, size, bytes, room),
         };
-        if self.swallow(&c, element, count * size) {
+        if self.swallow(&c, chunk, element, count * size) {
             return;
         }
         let id = self.objs.len() as ObjId;
@@ -295,7 +395,7 @@ impl<'a> Tracer<'a> {
             depth,
             head,
         });
-        self.by_addr.insert(c.addr, id);
+        self.placed.insert(c.addr, chunk, id);
         let one = self.is_pointer(element);
         if one {
             // An array of pointers: no element is better known than another.
@@ -309,25 +409,24 @@ impl<'a> Tracer<'a> {
     }
 
     /// Objects inside `[c.addr, +len)` must be members of the claimed one; true: they are not, no claim.
-    fn swallow(&mut self, c: &Claim, element: TypeId, len: u64) -> bool {
+    fn swallow(&mut self, c: &Claim, chunk: Option<usize>, element: TypeId, len: u64) -> bool {
         let size = self.layouts.model.size_of(element);
-        let inside: Vec<(u64, ObjId)> =
-            self.by_addr.range(c.addr..c.addr + len).map(|(a, i)| (*a, *i)).collect();
+        let inside = match self.placed.at(c.addr, chunk) {
+            // A chunk's only object.
+            Some(id) if chunk.is_some() && self.placed.rest.is_empty() => vec![(c.addr, id)],
+            None if chunk.is_some() && self.placed.rest.is_empty() => Vec::new(),
+            _ => self.placed.range(c.addr..c.addr + len),
+        };
         for &(addr, id) in &inside {
             let ty = self.objs[id as usize].ty;
             if !self.layouts.has_at(element, (addr - c.addr) % size, ty) {
-                self.conflicts.push(Conflict {
-                    addr: c.addr,
-                    kept: id,
-                    claimed: element,
-                    via: c.via.clone(),
-                });
+                self.conflicts.push(Conflict { addr: c.addr, kept: id, claimed: element, via: c.via });
                 return true;
             }
         }
         for (addr, id) in inside {
             self.objs[id as usize].dead = true;
-            self.by_addr.remove(&addr);
+            self.placed.remove(addr);
         }
         false
     }
@@ -455,7 +554,7 @@ impl<'a> Tracer<'a> {
         let mut at = via;
         let root = loop {
             match at {
-                Via::Root(name) => break name,
+                Via::Root(name) => break &self.names[*name as usize],
                 Via::Slot(id, offset) => {
                     steps.push((*id, *offset));
                     at = &self.objs[*id as usize].via;

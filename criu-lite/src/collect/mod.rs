@@ -71,22 +71,26 @@ pub enum CollectError {
 
 /// How much to look at.
 #[derive(Clone, Copy, Debug)]
-pub struct CollectOptions {
+pub struct CollectOptions<'a> {
     /// Every option of every socket. Not needed where the open sockets themselves are handed over.
     pub socket_options: bool,
+    /// What was collected of the same process before. A socket that is among these at the same number (it is the same
+    /// inode) is not asked again, and not duplicated: its state is as old as these are. For changes of a process whose
+    /// sockets stay where they are.
+    pub known: &'a [proto::Fd],
 }
 
-impl Default for CollectOptions {
+impl Default for CollectOptions<'_> {
     fn default() -> Self {
-        Self { socket_options: true }
+        Self { socket_options: true, known: &[] }
     }
 }
 
-impl CollectOptions {
+impl CollectOptions<'_> {
     /// For an update of a living process: its open files are handed over as they are.
     #[must_use]
     pub fn live() -> Self {
-        Self { socket_options: false }
+        Self { socket_options: false, known: &[] }
     }
 }
 
@@ -157,7 +161,7 @@ impl Frozen {
     pub fn collect_with(
         &mut self,
         states: &[ThreadState],
-        options: &CollectOptions,
+        options: &CollectOptions<'_>,
     ) -> Result<Collected, CollectError> {
         let pid = self.pid();
         let trace = |source| CollectError::Trace { pid, source };
@@ -251,7 +255,7 @@ fn collect(
     view: &View<'_>,
     inside: &mut Inside<'_>,
     threads: Vec<proto::Thread>,
-    options: &CollectOptions,
+    options: &CollectOptions<'_>,
 ) -> Result<(proto::Process, HashMap<u32, OwnedFd>), CollectError> {
     let (fds, dups) = descriptors(view, inside, options)?;
     let mut p = process::collect(view, inside, threads)?;
@@ -314,7 +318,7 @@ impl Pending {
 fn descriptors(
     view: &View<'_>,
     inside: &mut Inside<'_>,
-    options: &CollectOptions,
+    options: &CollectOptions<'_>,
 ) -> Result<(Vec<proto::Fd>, HashMap<u32, OwnedFd>), CollectError> {
     let dir = view.proc("fd");
     let name = dir.display().to_string();
@@ -323,23 +327,36 @@ fn descriptors(
         .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
         .collect();
     numbers.sort_unstable();
-    raise_limit(numbers.len());
+    let known = Before::new(view, options.known)?;
+    let again: Vec<Option<&proto::Fd>> = numbers.iter().map(|n| known.get(*n)).collect();
+    raise_limit(again.iter().filter(|k| k.is_none()).count());
     let mut opened = Vec::with_capacity(numbers.len());
     let failed = |number: u32, call| move |e| view.errno(&format!("descriptor {number}"), call)(e);
-    for &number in &numbers {
+    for (&number, known) in numbers.iter().zip(&again) {
+        if let Some(k) = known {
+            opened.push(Seen::Known(k));
+            continue;
+        }
         let dup = sys::pidfd_getfd(view.pidfd, number as i32).map_err(failed(number, "pidfd_getfd"))?;
         let stat = nix::sys::stat::fstat(&dup).map_err(failed(number, "fstat"))?;
-        opened.push((dup, stat));
+        opened.push(Seen::Open(dup, stat));
     }
-    let is_socket = |stat: &nix::sys::stat::FileStat| stat.st_mode & libc::S_IFMT == libc::S_IFSOCK;
     let sockets: Vec<u32> =
-        numbers.iter().zip(&opened).filter(|(_, (_, stat))| is_socket(stat)).map(|(n, _)| *n).collect();
+        numbers.iter().zip(&opened).filter(|(_, o)| o.is_socket()).map(|(n, _)| *n).collect();
     let mut cloexec = cloexec(view, inside, &sockets)?.into_iter();
     let net = NetTables { options: options.socket_options, ..NetTables::default() };
     let mut out = Vec::with_capacity(numbers.len());
     let mut dups = HashMap::with_capacity(numbers.len());
-    for (number, (dup, stat)) in numbers.into_iter().zip(opened) {
-        let (info, link) = if is_socket(&stat) {
+    for (number, seen) in numbers.into_iter().zip(opened) {
+        let socket = seen.is_socket();
+        let (dup, stat) = match seen {
+            Seen::Open(dup, stat) => (dup, stat),
+            Seen::Known(k) => {
+                out.push(proto::Fd { cloexec: cloexec.next() == Some(true), ..k.clone() });
+                continue;
+            }
+        };
+        let (info, link) = if socket {
             // What fdinfo and the link would say: two files of /proc less for each of thousands of connections.
             let flags = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETFL)
                 .map_err(failed(number, "fcntl F_GETFL"))?;
@@ -367,6 +384,51 @@ fn descriptors(
     }
     share(view.pid, &mut out);
     Ok((out, dups))
+}
+
+/// A descriptor that was looked at, or one of those that need not be.
+enum Seen<'a> {
+    Open(OwnedFd, nix::sys::stat::FileStat),
+    /// A socket that was collected before.
+    Known(&'a proto::Fd),
+}
+
+impl Seen<'_> {
+    fn is_socket(&self) -> bool {
+        match self {
+            Self::Open(_, stat) => stat.st_mode & libc::S_IFMT == libc::S_IFSOCK,
+            Self::Known(_) => true,
+        }
+    }
+}
+
+/// Sockets that were collected before, and where to see whether they are still the same.
+struct Before<'a> {
+    dir: Option<OwnedFd>,
+    sockets: HashMap<u32, &'a proto::Fd>,
+}
+
+impl<'a> Before<'a> {
+    fn new(view: &View<'_>, known: &'a [proto::Fd]) -> Result<Self, CollectError> {
+        let is_socket = |f: &&proto::Fd| {
+            let kind = matches!(f.object, Some(Object::Tcp(_) | Object::Udp(_) | Object::Unix(_)));
+            kind && f.link.starts_with("socket:[")
+        };
+        let sockets: HashMap<_, _> = known.iter().filter(is_socket).map(|f| (f.number, f)).collect();
+        if sockets.is_empty() {
+            return Ok(Self { dir: None, sockets });
+        }
+        let path = view.proc("fd");
+        let dir = std::fs::File::open(&path).map_err(view.io(&path.display().to_string(), "open"))?;
+        Ok(Self { dir: Some(dir.into()), sockets })
+    }
+
+    /// What was collected of `number`, if that is the same socket still: no two have an inode number at once.
+    fn get(&self, number: u32) -> Option<&'a proto::Fd> {
+        let (dir, known) = (self.dir.as_ref()?, self.sockets.get(&number)?);
+        let link = nix::fcntl::readlinkat(dir, number.to_string().as_str()).ok()?;
+        (link.as_encoded_bytes() == known.link.as_bytes()).then_some(*known)
+    }
 }
 
 /// Whether the descriptors are closed by an execve(2): a flag of the number, not of the open file.

@@ -17,6 +17,7 @@ mod malloc_check;
 mod output;
 pub mod overlay;
 pub mod pairs;
+mod path;
 pub mod redirect;
 pub mod relations;
 mod scan;
@@ -118,12 +119,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         findings,
         stats: LinkStats::default(),
     };
-    for c in pairs.chunks() {
-        if let Some(p) = pairs.paired(c) {
-            state.stats.pairs += 1;
-            state.stats.strong_pairs += usize::from(p.evidence == Evidence::Direct);
-        }
-    }
+    (state.stats.pairs, state.stats.strong_pairs) = pairs.count();
 
     scan::library_data(input, &mut state);
     let tls = globals::write(patch, &layout, &mut state)?;

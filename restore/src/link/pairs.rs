@@ -3,10 +3,12 @@
 //! sides have the new layout.
 
 use super::input::Span;
-use mcr_image::{Addr, Memory};
+use super::path::{Path, Paths, Step};
+use mcr_image::{Addr, FastMap, FastSet, Memory};
 use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::{Type, TypeId, TypeModel};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
 
 /// How much a path says. Smaller is stronger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,6 +64,41 @@ pub struct Candidate {
     pub ty: TypeId,
 }
 
+/// The same while it is collected.
+#[derive(Clone, Copy, Debug)]
+struct Claim {
+    delta: u64,
+    old: Addr,
+    evidence: Evidence,
+    path: Path,
+    ty: TypeId,
+}
+
+/// The one old object that a native one is paired with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Partner {
+    /// What to add to a native address to get the old one.
+    pub delta: u64,
+    /// How much the evidence says.
+    pub evidence: Evidence,
+}
+
+/// A list that hardly ever has a second member.
+#[derive(Clone, Debug)]
+struct Few<T> {
+    first: T,
+    more: Vec<T>,
+}
+
+impl<T> Few<T> {
+    fn iter(&self) -> impl Iterator<Item = &T> {
+        std::iter::once(&self.first).chain(&self.more)
+    }
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        std::iter::once(&mut self.first).chain(&mut self.more)
+    }
+}
+
 /// What the candidates of one native chunk come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -102,14 +139,15 @@ pub struct Pairs<'a> {
     old_heap: &'a GlibcHeap,
     /// Fresh memory with moved objects.
     regions: Vec<Span>,
-    recursive: HashMap<TypeId, bool>,
-    pointerful: HashMap<TypeId, bool>,
-    seen: HashSet<(u64, u64, TypeId)>,
-    queue: VecDeque<(TypeId, Addr, Addr, String, Evidence)>,
-    candidates: HashMap<u64, Vec<Candidate>>,
-    by_old: HashMap<u64, Vec<(Addr, Evidence)>>,
+    recursive: FastMap<TypeId, bool>,
+    pointerful: FastMap<TypeId, bool>,
+    seen: FastSet<(u64, u64, TypeId)>,
+    queue: VecDeque<(TypeId, Addr, Addr, Path, Evidence)>,
+    candidates: FastMap<u64, Few<Claim>>,
+    by_old: FastMap<u64, Few<(Addr, Evidence)>>,
     syncs: Vec<SyncPair>,
-    sync_seen: HashSet<(u64, u64)>,
+    sync_seen: FastSet<(u64, u64)>,
+    paths: Paths<'a>,
     steps: usize,
 }
 
@@ -123,20 +161,22 @@ impl<'a> Pairs<'a> {
         old_heap: &'a GlibcHeap,
         regions: Vec<Span>,
     ) -> Self {
+        let few = native_heap.chunks.len().min(1 << 16);
         Self {
             types,
             view,
             native_heap,
             old_heap,
             regions,
-            recursive: HashMap::new(),
-            pointerful: HashMap::new(),
-            seen: HashSet::new(),
+            recursive: FastMap::default(),
+            pointerful: FastMap::default(),
+            seen: FastSet::with_capacity_and_hasher(few, Default::default()),
             queue: VecDeque::new(),
-            candidates: HashMap::new(),
-            by_old: HashMap::new(),
+            candidates: FastMap::with_capacity_and_hasher(few, Default::default()),
+            by_old: FastMap::with_capacity_and_hasher(few, Default::default()),
             syncs: Vec::new(),
-            sync_seen: HashSet::new(),
+            sync_seen: FastSet::default(),
+            paths: Paths::default(),
             steps: 0,
         }
     }
@@ -144,23 +184,25 @@ impl<'a> Pairs<'a> {
     /// Walks a root: a variable that exists on both sides. `own`: it belongs to one thread (a local, a
     /// thread-local), so even a list node it points at is this thread's.
     pub fn root(&mut self, ty: TypeId, native: Side<'_>, old: Side<'_>, path: &str, own: bool) {
+        let path = self.paths.root(path);
         self.value(ty, native, old, path, Evidence::Direct, own);
         self.run();
     }
 
     /// Two words that must mean the same: an epoll watch's data, an argument of the same blocking call.
     pub fn words(&mut self, native: u64, old: u64, path: &str, evidence: Evidence) {
+        let path = self.paths.root(path);
         self.pointer(TypeId::VOID, native, old, path, evidence);
         self.run();
     }
 
     fn run(&mut self) {
         while let Some((ty, native, old, path, evidence)) = self.queue.pop_front() {
-            self.value(ty, Side::At(native), Side::At(old), &path, evidence, false);
+            self.value(ty, Side::At(native), Side::At(old), path, evidence, false);
         }
     }
 
-    fn value(&mut self, ty: TypeId, native: Side<'_>, old: Side<'_>, path: &str, ev: Evidence, own: bool) {
+    fn value(&mut self, ty: TypeId, native: Side<'_>, old: Side<'_>, path: Path, ev: Evidence, own: bool) {
         self.steps += 1;
         if self.steps > MAX_STEPS {
             return;
@@ -172,7 +214,8 @@ impl<'a> Pairs<'a> {
                 && self.sync_seen.insert((n.0, o.0))
             {
                 let size = types.size_of(ty);
-                self.syncs.push(SyncPair { native: n, old: o, size, path: path.to_owned() });
+                let path = self.paths.text(path);
+                self.syncs.push(SyncPair { native: n, old: o, size, path });
             }
             return;
         }
@@ -190,9 +233,8 @@ impl<'a> Pairs<'a> {
                     if m.bits.is_some() || !self.may_point(m.ty, native.add(m.offset)) {
                         continue;
                     }
-                    let sep = if path.is_empty() || path.ends_with("->") { "" } else { "." };
-                    let p = m.name.as_ref().map_or_else(|| path.to_owned(), |n| format!("{path}{sep}{n}"));
-                    self.value(m.ty, native.add(m.offset), old.add(m.offset), &p, ev, own);
+                    let p = m.name.as_ref().map_or(path, |n| self.paths.step(path, Step::Member(n)));
+                    self.value(m.ty, native.add(m.offset), old.add(m.offset), p, ev, own);
                 }
             }
             Type::Record(r) => {
@@ -213,16 +255,16 @@ impl<'a> Pairs<'a> {
                     if !self.may_point(*element, native.add(i * size)) {
                         continue;
                     }
-                    let p = format!("{path}[{i}]");
+                    let p = self.paths.step(path, Step::Index(i));
                     let at = i * size;
-                    self.value(*element, native.add(at), old.add(at), &p, ev.max(Evidence::Array), own);
+                    self.value(*element, native.add(at), old.add(at), p, ev.max(Evidence::Array), own);
                 }
             }
             _ => {}
         }
     }
 
-    fn pointer(&mut self, to: TypeId, native: u64, old: u64, path: &str, ev: Evidence) {
+    fn pointer(&mut self, to: TypeId, native: u64, old: u64, path: Path, ev: Evidence) {
         if native == 0 || old == 0 || native == old {
             return;
         }
@@ -233,32 +275,39 @@ impl<'a> Pairs<'a> {
             return;
         }
         let delta = old.wrapping_sub(native);
-        let list = self.candidates.entry(n.addr.0).or_default();
-        match list.iter_mut().find(|c| c.delta == delta) {
-            Some(c) if c.evidence <= ev => {}
-            Some(c) => {
-                c.evidence = ev;
-                c.ty = self.types.resolve(to);
-                path.clone_into(&mut c.path);
+        let ty = self.types.resolve(to);
+        let claim = Claim { delta, old: Addr(old), evidence: ev, path, ty };
+        match self.candidates.entry(n.addr.0) {
+            Entry::Vacant(e) => {
+                e.insert(Few { first: claim, more: Vec::new() });
             }
-            None => list.push(Candidate {
-                delta,
-                old: Addr(old),
-                evidence: ev,
-                path: path.to_owned(),
-                ty: self.types.resolve(to),
-            }),
+            Entry::Occupied(e) => {
+                let list = e.into_mut();
+                let known = list.iter_mut().find(|c| c.delta == delta);
+                match known {
+                    Some(c) if c.evidence <= ev => {}
+                    Some(c) => (c.evidence, c.ty, c.path) = (ev, ty, path),
+                    None => list.more.push(claim),
+                }
+            }
         }
-        let back = self.by_old.entry(n.addr.0.wrapping_add(delta)).or_default();
-        if !back.contains(&(n.addr, ev)) {
-            back.push((n.addr, ev));
+        match self.by_old.entry(n.addr.0.wrapping_add(delta)) {
+            Entry::Vacant(e) => {
+                e.insert(Few { first: (n.addr, ev), more: Vec::new() });
+            }
+            Entry::Occupied(mut e) => {
+                if !e.get().iter().any(|c| *c == (n.addr, ev)) {
+                    e.get_mut().more.push((n.addr, ev));
+                }
+            }
         }
-        if !self.seen.insert((native, old, self.types.resolve(to))) {
+        if !self.seen.insert((native, old, ty)) {
             return;
         }
         let size = self.types.size_of(to);
         if size > 0 && size <= n.end().since(Addr(native)) {
-            self.queue.push_back((to, Addr(native), Addr(old), format!("{path}->"), ev));
+            let behind = self.paths.step(path, Step::Deref);
+            self.queue.push_back((to, Addr(native), Addr(old), behind, ev));
             // Behind the first object: more of its kind, or something else. Same offset, weak.
             self.opaque(n.end(), native + size, delta, path, ev);
         } else if size == 0 {
@@ -267,7 +316,7 @@ impl<'a> Pairs<'a> {
     }
 
     /// Words at the same offset of two chunks of the same size.
-    fn opaque(&mut self, end: Addr, from: u64, delta: u64, path: &str, ev: Evidence) {
+    fn opaque(&mut self, end: Addr, from: u64, delta: u64, path: Path, ev: Evidence) {
         let from = (from + 7) & !7;
         let len = end.0.saturating_sub(from);
         let Some(o) = self.old_heap.find(Addr(from.wrapping_add(delta))) else {
@@ -277,16 +326,19 @@ impl<'a> Pairs<'a> {
             return;
         }
         let len = (len & !7) as usize;
-        let (Ok(n), Ok(o)) =
-            (self.view.bytes(Addr(from), len), self.view.bytes(Addr(from.wrapping_add(delta)), len))
-        else {
+        let (view, mut one, mut other) = (self.view, Vec::new(), Vec::new());
+        let (Ok(n), Ok(o)) = (
+            view.view(Addr(from), len, &mut one),
+            view.view(Addr(from.wrapping_add(delta)), len, &mut other),
+        ) else {
             return;
         };
         let word = |b: &[u8]| u64::from_le_bytes(b.try_into().unwrap_or_default());
         for (i, (n, o)) in n.chunks_exact(8).zip(o.chunks_exact(8)).enumerate() {
             let (n, o) = (word(n), word(o));
             if n != 0 && o != 0 && n != o && self.native_heap.find(Addr(n)).is_some() {
-                self.pointer(TypeId::VOID, n, o, &format!("{path}->+{:#x}", 8 * i), ev.max(Evidence::Opaque));
+                let path = self.paths.step(path, Step::Opaque(8 * i as u64));
+                self.pointer(TypeId::VOID, n, o, path, ev.max(Evidence::Opaque));
             }
         }
     }
@@ -407,68 +459,78 @@ impl<'a> Pairs<'a> {
         })
     }
 
-    /// The one old object that the native chunk which starts at `chunk` is paired with.
-    #[must_use]
-    pub fn paired(&self, chunk: Addr) -> Option<&Candidate> {
-        let list = self.candidates.get(&chunk.0)?;
+    /// The strongest claim on the old object for the native chunk, if nothing rivals it.
+    fn accepted(&self, chunk: Addr, list: &Few<Claim>) -> Option<Claim> {
         let best = list.iter().map(|c| c.evidence).min()?;
         let mut strongest = list.iter().filter(|c| c.evidence == best);
         let first = strongest.next().filter(|_| strongest.next().is_none())?;
         let claims = self.by_old.get(&chunk.0.wrapping_add(first.delta));
-        let rival = claims.into_iter().flatten().any(|(n, ev)| *n != chunk && *ev <= best);
-        (!rival).then_some(first)
+        let rival = claims.is_some_and(|l| l.iter().any(|(n, ev)| *n != chunk && *ev <= best));
+        (!rival).then_some(*first)
+    }
+
+    /// The one old object that the native chunk which starts at `chunk` is paired with.
+    #[must_use]
+    pub fn paired(&self, chunk: Addr) -> Option<Partner> {
+        let c = self.accepted(chunk, self.candidates.get(&chunk.0)?)?;
+        Some(Partner { delta: c.delta, evidence: c.evidence })
+    }
+
+    /// How many native chunks are paired, and how many of them by direct evidence.
+    #[must_use]
+    pub fn count(&self) -> (usize, usize) {
+        let all = self.candidates.iter().filter_map(|(a, l)| self.accepted(Addr(*a), l));
+        all.fold((0, 0), |(n, strong), c| (n + 1, strong + usize::from(c.evidence == Evidence::Direct)))
+    }
+
+    fn told(&self, c: &Claim) -> Candidate {
+        let path = self.paths.text(c.path);
+        Candidate { delta: c.delta, old: c.old, evidence: c.evidence, path, ty: c.ty }
     }
 
     /// What is known about the native chunk that starts at `chunk`.
     #[must_use]
     pub fn verdict(&self, chunk: Addr) -> Verdict {
-        if let Some(c) = self.paired(chunk) {
-            return Verdict::Paired(c.clone());
-        }
         let Some(list) = self.candidates.get(&chunk.0) else {
             return Verdict::Unknown;
         };
+        if let Some(c) = self.accepted(chunk, list) {
+            return Verdict::Paired(self.told(&c));
+        }
         let best = list.iter().map(|c| c.evidence).min().unwrap_or(Evidence::Opaque);
         let mut strongest = list.iter().filter(|c| c.evidence == best);
         let Some(first) = strongest.next() else {
             return Verdict::Unknown;
         };
         if let Some(other) = strongest.next() {
-            return Verdict::Contradiction(first.clone(), other.clone());
+            return Verdict::Contradiction(self.told(first), self.told(other));
         }
         // The same old object claimed by another start-up object with evidence at least as strong.
         let mine = chunk.0.wrapping_add(first.delta);
-        let rival = self.by_old.get(&mine).into_iter().flatten().find(|(n, ev)| *n != chunk && *ev <= best);
+        let rivals = self.by_old.get(&mine);
+        let rival = rivals.and_then(|l| l.iter().find(|(n, ev)| *n != chunk && *ev <= best));
         if let Some((n, ev)) = rival {
             let path = self
                 .candidates
                 .get(&n.0)
                 .and_then(|l| l.iter().find(|c| n.0.wrapping_add(c.delta) == mine))
-                .map_or_else(String::new, |c| c.path.clone());
+                .map_or_else(String::new, |c| self.paths.text(c.path));
             let other = Candidate { delta: first.delta, old: *n, evidence: *ev, path, ty: first.ty };
-            return Verdict::Contradiction(first.clone(), other);
+            return Verdict::Contradiction(self.told(first), other);
         }
-        Verdict::Paired(first.clone())
+        Verdict::Paired(self.told(first))
     }
 
     /// A pair that rests on the order of a list which has other members of its kind: a guess, if it matters
     /// which is which.
     #[must_use]
     pub fn by_order(&self, c: &Candidate) -> bool {
-        let same = |list: &Vec<Candidate>| {
+        let same = |list: &&Few<Claim>| {
             list.iter()
                 .min_by_key(|m| m.evidence)
                 .is_some_and(|m| m.evidence == Evidence::List && m.ty == c.ty)
         };
-        c.evidence == Evidence::List && self.candidates.values().filter(|l| same(l)).count() > 1
-    }
-
-    /// Native chunks with any evidence, ascending.
-    #[must_use]
-    pub fn chunks(&self) -> Vec<Addr> {
-        let mut v: Vec<Addr> = self.candidates.keys().map(|&a| Addr(a)).collect();
-        v.sort();
-        v
+        c.evidence == Evidence::List && self.candidates.values().filter(same).count() > 1
     }
 
     /// Synchronisation objects inside paired chunks.

@@ -23,7 +23,7 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     let history = History::load(pid);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     clock.lap_until("look", false, frozen.since());
-    let mut collected = at_rest(&mut frozen, &program, options, &mut clock)?;
+    let mut collected = at_rest(&mut frozen, &program, options, &[], &mut clock)?;
     hand::refuse_unforkable(&collected.process)?;
     clock.lap("collect", true);
 

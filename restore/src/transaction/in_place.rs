@@ -25,6 +25,7 @@ const REHEARSALS: usize = 3;
 /// Updates a living process.
 pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<UpdateReport, UpdateError> {
     let mut clock = Clock::new();
+    crate::sys::keep_memory();
     mcr_criu_lite::freeze::examine(pid)?;
     options.tell("reading both programs");
     let program = old_program(pid)?;
@@ -108,7 +109,7 @@ fn change(
     clock.lap("copy's memory", false);
     let mut frozen = Frozen::seize(pid, &FreezeOptions::default())?;
     clock.lap_until("look", false, frozen.since());
-    let mut collected = at_rest(&mut frozen, program, options, clock)?;
+    let mut collected = at_rest(&mut frozen, program, options, &rehearsal.process.fds, clock)?;
     collected.fds.clear();
     let process = &collected.process;
     same_threads(&rehearsal.process, process)?;

@@ -43,16 +43,18 @@ impl Drop for Guard {
     }
 }
 
-/// Brings a frozen process to rest and collects what the kernel keeps for it. It must still be `program`.
+/// Brings a frozen process to rest and collects what the kernel keeps for it. It must still be `program`. `known`:
+/// descriptors that were collected before, for a change that leaves them where they are.
 pub(super) fn at_rest(
     frozen: &mut Frozen,
     program: &ElfFile,
     options: &UpdateOptions,
+    known: &[proto::Fd],
     clock: &mut Clock,
 ) -> Result<Collected, UpdateError> {
     let states = frozen.quiesce(&options.quiesce())?;
     clock.lap("freeze", true);
-    let collected = frozen.collect_with(&states, &CollectOptions::live())?;
+    let collected = frozen.collect_with(&states, &CollectOptions { known, ..CollectOptions::live() })?;
     if collected.modules.exe().map(|m| m.build_id()) != Some(program.build_id()) {
         return Err(UpdateError::Internal("the process executed another program while it was looked at"));
     }

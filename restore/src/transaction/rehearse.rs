@@ -104,7 +104,7 @@ pub(super) fn rehearse(
     clock.lap_until("look", false, frozen.since());
     mcr_criu_lite::tracee::commit::sweep(&mut frozen)?;
     reap_dead_copies(&mut frozen)?;
-    let mut collected = at_rest(&mut frozen, program, options, clock)?;
+    let mut collected = at_rest(&mut frozen, program, options, &[], clock)?;
     super::hand::refuse_unforkable(&collected.process)?;
     clock.lap("collect", true);
     // Whoever holds on to an open file of a running server keeps its epoll registration alive beyond the

@@ -63,7 +63,8 @@ impl GlibcHeap {
     ) -> Result<Self, HeapError> {
         let arenas = arena::find_arenas(mem, vmas, known.map(|k| k.main_arena))?;
         let mut found = segments::find(mem, &arenas, threads, vmas)?;
-        found.chunks.sort_unstable_by_key(|c| c.addr);
+        // Stable: a few runs in order are merged, not sorted.
+        found.chunks.sort_by_key(|c| c.addr);
         if let Some(w) = found.chunks.windows(2).find(|w| w[0].end() > w[1].addr) {
             return Err(HeapError::Chunk {
                 chunk: w[1].addr,
@@ -105,6 +106,10 @@ impl GlibcHeap {
     /// Index in `chunks` of the chunk that contains `addr`.
     #[must_use]
     pub fn index(&self, addr: Addr) -> Option<usize> {
+        // Most words that are asked for are no addresses at all.
+        if addr < self.chunks.first()?.addr || addr >= self.chunks.last()?.end() {
+            return None;
+        }
         let near = self.index.near(&self.segments, addr).unwrap_or(0..self.chunks.len());
         let after = near.start + self.chunks[near].partition_point(|c| c.addr <= addr);
         let i = after.checked_sub(1)?;

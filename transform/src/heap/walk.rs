@@ -82,6 +82,13 @@ impl Headers<'_> {
             self.mem.read(Addr(p), &mut self.buf)?;
         }
         let mut out = [0; 4];
+        let from = (p - self.at) as usize;
+        if let Some(raw) = self.buf.get(from..from + 32) {
+            for (slot, w) in out.iter_mut().zip(raw.chunks_exact(8)) {
+                *slot = u64::from_le_bytes(w.try_into().expect("eight bytes"));
+            }
+            return Ok(out);
+        }
         for (i, slot) in out.iter_mut().enumerate() {
             let o = (p - self.at) as usize + 8 * i;
             if (8 * i as u64) + 8 <= need {

@@ -5,7 +5,6 @@ use super::fix::{Fixer, NewWord};
 use super::sync;
 use crate::layout::{Layouts, SlotKind};
 use mcr_image::proto;
-use std::collections::HashSet;
 
 /// What a typed word in some memory turned into.
 pub(crate) enum Fix {
@@ -157,20 +156,19 @@ impl Words<'_> {
     /// Aligned words that no typed pointer slot covers, `start` bytes into the object at most to its end.
     pub fn conservative(&self, path: &dyn Fn() -> String, findings: &mut Findings, out: &mut Fixes) {
         let slots = self.layouts.of(self.ty);
-        let handled: HashSet<u64> = slots
-            .slots
-            .iter()
-            .filter(|s| {
-                matches!(
-                    s.kind,
-                    SlotKind::Pointer(_) | SlotKind::Function | SlotKind::Untyped | SlotKind::Thread
-                )
+        // Asked for the few words that matter.
+        let handled = |o: u64| {
+            slots.slots.iter().any(|s| {
+                s.offset == o
+                    && matches!(
+                        s.kind,
+                        SlotKind::Pointer(_) | SlotKind::Function | SlotKind::Untyped | SlotKind::Thread
+                    )
             })
-            .map(|s| s.offset)
-            .collect();
+        };
         let mut o = self.addr.next_multiple_of(8) - self.addr;
         while let Some(v) = crate::trace::word_at(self.bytes, o) {
-            if !handled.contains(&o) && self.fixer.is_interesting(v) {
+            if self.fixer.is_interesting(v) && !handled(o) {
                 match self.fixer.word(v, None) {
                     NewWord::Same => {}
                     NewWord::Value(n) => out.push((o, Fix::Value(n))),

@@ -59,6 +59,7 @@ impl Carrier<'_> {
             }
         };
         let table = parts.len() > 1 && item.initial.is_some_and(|i| i.iter().any(|&b| b != 0));
+        let mut leaves = None;
         for p in &parts {
             let old_size =
                 m.size_of(p.old_ty).max(if parts.len() == 1 { item.bytes.len() as u64 } else { 0 });
@@ -91,7 +92,9 @@ impl Carrier<'_> {
                 );
             }
             if table && let Some(initial) = initial {
-                self.native_leaves(&mut out, p, bytes, initial);
+                // The parts of a table are of one type.
+                let leaves = leaves.get_or_insert_with(|| self.mapped_leaves(p));
+                native_leaves(leaves, &mut out, p, bytes, initial);
             }
             let words = Words {
                 fixer: self.fixer,
@@ -194,23 +197,31 @@ impl Carrier<'_> {
         parts
     }
 
-    /// In a table, what the old process never changed stays new's, member by member.
-    fn native_leaves(&self, out: &mut Carried, p: &Part, bytes: &[u8], initial: &[u8]) {
-        for (o, len) in leaves(self.layouts, p.old_ty) {
-            let r = o as usize..(o + len) as usize;
-            if bytes.get(r.clone()) != initial.get(r) {
-                continue;
-            }
-            if let (Some(n), Some(len)) =
-                (self.rl.map_slot(p.old_ty, p.new_ty, o), self.rl.leaf_new(p.old_ty, p.new_ty, o))
-            {
-                out.native.push(NativeRange {
-                    start: p.to + n,
-                    end: p.to + n + len,
-                    why: "as it was at the start".into(),
-                });
-            }
-        }
+    /// Scalars that both types of a part have.
+    fn mapped_leaves(&self, p: &Part) -> Vec<Leaf> {
+        let both = |(o, len): (u64, u64)| {
+            let to = self.rl.map_slot(p.old_ty, p.new_ty, o)?;
+            let new_len = self.rl.leaf_new(p.old_ty, p.new_ty, o)?;
+            Some(Leaf { from: o as usize..(o + len) as usize, to: to..to + new_len })
+        };
+        leaves(self.layouts, p.old_ty).into_iter().filter_map(both).collect()
+    }
+}
+
+/// A scalar in the old and in the new layout.
+struct Leaf {
+    from: std::ops::Range<usize>,
+    to: std::ops::Range<u64>,
+}
+
+/// In a table, what the old process never changed stays new's, member by member.
+fn native_leaves(leaves: &[Leaf], out: &mut Carried, p: &Part, bytes: &[u8], initial: &[u8]) {
+    for l in leaves.iter().filter(|l| bytes.get(l.from.clone()) == initial.get(l.from.clone())) {
+        out.native.push(NativeRange {
+            start: p.to + l.to.start,
+            end: p.to + l.to.end,
+            why: "as it was at the start".into(),
+        });
     }
 }
 

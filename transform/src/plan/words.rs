@@ -260,8 +260,8 @@ fn kept(
     w: &mut Work<'_>,
     fixer: &Fixer<'_>,
     word: u64,
-    what: &str,
-    path: String,
+    what: &dyn Fn() -> String,
+    path: &dyn Fn() -> String,
 ) -> Option<(u64, Option<proto::Reloc>)> {
     match fixer.word(word, None) {
         NewWord::Same => None,
@@ -273,8 +273,8 @@ fn kept(
         NewWord::Lost(code, why) => {
             w.findings.refuse(
                 code,
-                format!("{what} ({word:#x}) cannot be carried: {why}"),
-                path,
+                format!("{} ({word:#x}) cannot be carried: {why}", what()),
+                path(),
                 "nothing can be done about it but an update at another moment",
                 word,
             );
@@ -288,9 +288,9 @@ pub(super) fn epoll(w: &mut Work<'_>, fixer: &Fixer<'_>) {
     for fd in &w.old.process.fds {
         let Some(proto::fd::Object::Epoll(e)) = &fd.object else { continue };
         for watch in &e.watches {
-            let what = format!("the data of fd {} in epoll {}", watch.fd, fd.number);
-            let path = format!("epoll {}", fd.number);
-            let Some((new_data, reloc)) = kept(w, fixer, watch.data, &what, path) else { continue };
+            let what = || format!("the data of fd {} in epoll {}", watch.fd, fd.number);
+            let path = || format!("epoll {}", fd.number);
+            let Some((new_data, reloc)) = kept(w, fixer, watch.data, &what, &path) else { continue };
             let (epoll_fd, fd, old_data) = (fd.number, watch.fd, watch.data);
             w.patch.epoll.push(proto::EpollData { epoll_fd, fd, old_data, new_data, reloc });
         }
@@ -300,8 +300,9 @@ pub(super) fn epoll(w: &mut Work<'_>, fixer: &Fixer<'_>) {
 /// The words that POSIX timers send along.
 pub(super) fn timers(w: &mut Work<'_>, fixer: &Fixer<'_>) {
     for t in &w.old.process.posix_timers {
-        let (what, path) = (format!("the value of POSIX timer {}", t.id), format!("POSIX timer {}", t.id));
-        let Some((new_sigval, reloc)) = kept(w, fixer, t.sigval, &what, path) else { continue };
+        let what = || format!("the value of POSIX timer {}", t.id);
+        let path = || format!("POSIX timer {}", t.id);
+        let Some((new_sigval, reloc)) = kept(w, fixer, t.sigval, &what, &path) else { continue };
         w.patch.timers.push(proto::TimerData { id: t.id, old_sigval: t.sigval, new_sigval, reloc });
     }
 }
