@@ -258,7 +258,8 @@ fn a_damaged_heap_is_refused_before_anything_is_written() {
         let free =
             heap.chunks.iter().find(|c| c.state == ChunkState::Bin && c.arena == 0).expect("a free chunk");
         // The next chunk forgets how large the free one is.
-        new.mem.write_u64(free.end().add(0u64.wrapping_sub(8)), 0x30).unwrap();
+        let size = free.usable + 8;
+        new.mem.write_u64(free.end().add(0u64.wrapping_sub(8)), size + 16).unwrap();
     });
     let refusal = report.unwrap_err();
     assert_eq!(refusal.invariant, "malloc");
