@@ -6,10 +6,10 @@ mod support;
 
 use mcr_image::{Addr, Memory, Regs};
 use mcr_restore::link::overlay::Overlay;
+use mcr_restore::link::relations::Depth;
 use mcr_restore::link::{KernelCall, LinkInput, MemWrite, Refusal, WriteList, relations};
 use mcr_restore::transaction::{UpdateError, UpdateOptions, update};
 use mcr_transform::Prepared;
-use mcr_transform::verify::Depth;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
@@ -223,7 +223,7 @@ fn spoil(input: &LinkInput<'_>, list: &mut WriteList, prepared: &Prepared<'_>) {
     };
     let try_it = |class: &'static str, kind: &'static str, bad: &WriteList, what: &dyn Fn() -> String| {
         let all = relations::check(input, bad, prepared, Depth::All).is_err();
-        let roots = relations::check(input, bad, prepared, Depth::Roots).is_err();
+        let roots = relations::check(input, bad, prepared, Depth::Words).is_err();
         let mut table = TABLE.lock().unwrap();
         let row = table.entry((class, kind)).or_default();
         *row = (row.0 + 1, row.1 + usize::from(all), row.2 + usize::from(roots));
@@ -376,6 +376,8 @@ fn spoilt_words_are_refused() {
             ("carried global", every),
             ("thread-local of the program", every),
             ("epoll", every),
+            ("struct pthread", every),
+            ("thread-local of libc", every),
         ],
     );
     assert!(table.len() > 12, "{table:?}");
@@ -386,7 +388,12 @@ fn spoilt_words_are_refused() {
     assert_eq!(server.connect().ask("CHECK"), "1:ok 1:ok 1:ok 1:ok", "before");
     let o = UpdateOptions { dry_run: true, examine: Some(spoil), ..UpdateOptions::default() };
     update(server.pid(), &b, &o).unwrap_or_else(|e| panic!("{e}"));
-    show("four workers");
+    let table = show("four workers");
+    complete(
+        &table,
+        &[("struct pthread", every), ("thread-local of libc", every), ("carried global", every)],
+    );
+    assert!(table.contains_key(&("struct pthread", "two exchanged")), "{table:?}");
 }
 
 /// A write list that is empty is no update.

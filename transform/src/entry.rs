@@ -5,7 +5,7 @@ use crate::layout::Layouts;
 use crate::plan::{NewProgram, OldState, plan_with_findings};
 use crate::resolve::Known;
 use crate::types::TypeModel;
-use crate::verify::{Depth, Unbooted, Verifier};
+use crate::verify::{Unbooted, Verifier};
 use crate::{PatchedMemory, TransformError, diff};
 use mcr_image::{DebugDirs, ElfFile, Image, Memory, ModuleMap, proto};
 use mcr_plugin::Rules;
@@ -244,7 +244,7 @@ impl Prepared<'_> {
             let view = PatchedMemory::new(memory, patch);
             let at = Unbooted(patch);
             let Some(v) = Verifier::new(self, process, memory, modules, heap, patch) else { return };
-            let relations = v.relations(&view, &at, Depth::All).err().map(|b| b.finding());
+            let relations = v.relations(&view, &at).err().map(|b| b.finding());
             let trip = v.round_trip(&view, &at).map_or_else(|b| Some(b.finding()), |t| t.finding());
             [relations, trip]
         };

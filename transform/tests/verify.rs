@@ -7,7 +7,7 @@ use mcr_image::{Addr, ElfFile, Memory};
 use mcr_plugin::Rules;
 use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::TypeModel;
-use mcr_transform::verify::{Broken, Depth, Placing, Root, Unbooted, Verifier};
+use mcr_transform::verify::{Broken, Placing, Root, Unbooted, Verifier};
 use mcr_transform::{Loaded, PatchedMemory, Prepared};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -79,7 +79,7 @@ impl Case<'_> {
         let laid = resolved(p);
         let view = PatchedMemory::new(self.t, &laid);
         let v = Verifier::new(self.prepared, self.process, self.t, self.modules, self.heap, p).unwrap();
-        let r = v.relations(&view, &Fake(p), Depth::All)?;
+        let r = v.relations(&view, &Fake(p))?;
         let t = v.round_trip(&view, &Fake(p))?;
         Ok((r.edges, t.objects))
     }

@@ -10,11 +10,11 @@ use crate::boot::fates;
 use crate::fds::{InTracee, Install, install_fds, open_flags, take_copies};
 use crate::inplace::{self, InPlace, Input, Laid, PlanError, Stale, refreshed};
 use crate::link::Span;
+use crate::link::relations::Depth;
 use mcr_criu_lite::tracee::commit;
 use mcr_criu_lite::{FreezeOptions, Frozen};
 use mcr_image::{Blocks, ElfFile, Fd, Memory, Pid, proto};
 use mcr_transform::Prepared;
-use mcr_transform::verify::Depth;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -127,14 +127,11 @@ fn change(
     let none = Files::new();
     let old = Old { process, modules: &modules, memory: &memory, patch: &patch, files: &none };
     let view = Laid { native: &booted.native, host: &host_memory, old: &memory };
-    let mut list = join(&view, &booted, &outcome.modules, &old, Some(&heap), programs)?;
+    let list = join(&view, &booted, &outcome.modules, &old, Some(&heap), programs)?;
     clock.lap("link", true);
-    let both = (programs, prepared);
-    check(&view, &booted, &outcome.modules, &old, Some(&heap), both, &mut list, (Depth::Roots, options))?;
-    clock.lap("relations", true);
 
     let (actions, mut findings) = hand::handlers(process, &modules, &outcome.modules, &outcome.booted);
-    let InPlace { commit: plan, findings: more, exe_call, .. } = inplace::plan(&Input {
+    let input = Input {
         old: process,
         fates: &fates,
         old_memory: &memory,
@@ -144,8 +141,18 @@ fn change(
         list: &list,
         unreferenced: &rehearsal.unreferenced,
         actions: &actions,
-    })
-    .map_err(|e| match e {
+    };
+    // The check looks at the same list, and needs nothing of the plan.
+    let (checked, planned) = std::thread::scope(|s| {
+        let (view, booted, old, heap, list, outcome) = (&view, &booted, &old, &heap, &list, outcome);
+        let both = (programs, prepared);
+        let checked =
+            s.spawn(move || check(view, booted, &outcome.modules, old, Some(heap), both, list, Depth::Words));
+        let planned = inplace::plan(&input);
+        (checked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), planned)
+    });
+    findings.extend(checked?);
+    let InPlace { commit: plan, findings: more, exe_call, .. } = planned.map_err(|e| match e {
         PlanError::Stale(s) | PlanError::Memory(inplace::MemoryPlanError::Stale(s)) => UpdateError::Stale(s),
         e => UpdateError::InPlace(e),
     })?;

@@ -5,12 +5,12 @@ use super::programs::Programs;
 use super::{UpdateError, UpdateOptions, hand};
 use crate::apply;
 use crate::boot::{BootOutcome, BootSpec, Host, boot};
+use crate::link::relations::Depth;
 use crate::link::{Booted, LinkInput, Span, WriteList, link, relations};
 use mcr_criu_lite::{CollectOptions, Collected, Frozen, reap_hidden};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, ModuleMap, Pid, Tid, auxv_value, proto};
 use mcr_transform::Prepared;
 use mcr_transform::heap::GlibcHeap;
-use mcr_transform::verify::Depth;
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -145,7 +145,7 @@ fn input<'a>(
     }
 }
 
-/// I10 and I11 over what [`join`] made of it.
+/// I10 and I11 over what [`join`] made of it; returns findings.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn check(
     view: &dyn Memory,
@@ -154,15 +154,28 @@ pub(super) fn check(
     old: &Old<'_>,
     old_heap: Option<&GlibcHeap>,
     (programs, prepared): (&Programs, &Prepared<'_>),
-    list: &mut WriteList,
-    (depth, options): (Depth, &UpdateOptions),
-) -> Result<(), UpdateError> {
+    list: &WriteList,
+    depth: Depth,
+) -> Result<Vec<proto::Finding>, UpdateError> {
     let input = input(view, booted, modules, old, old_heap, programs);
-    if let Some(examine) = options.examine.filter(|_| depth == Depth::All) {
-        examine(&input, list, prepared);
+    Ok(relations::check(&input, list, prepared, depth)?.findings)
+}
+
+/// As [`check`], in full; findings go into the list.
+pub(super) fn check_all(
+    view: &dyn Memory,
+    (booted, modules): (&Booted, &ModuleMap),
+    old: &Old<'_>,
+    old_heap: Option<&GlibcHeap>,
+    (programs, prepared): (&Programs, &Prepared<'_>),
+    list: &mut WriteList,
+    options: &UpdateOptions,
+) -> Result<(), UpdateError> {
+    if let Some(examine) = options.examine {
+        examine(&input(view, booted, modules, old, old_heap, programs), list, prepared);
     }
-    let checked = relations::check(&input, list, prepared, depth)?;
-    list.findings.extend(checked.findings);
+    let found = check(view, booted, modules, old, old_heap, (programs, prepared), list, Depth::All)?;
+    list.findings.extend(found);
     Ok(())
 }
 
@@ -189,8 +202,8 @@ pub(super) fn make(
     let mut list = join(&view, &outcome.booted, &outcome.modules, old, old_heap.as_ref(), programs)?;
     clock.lap("link", true);
     let both = (programs, prepared);
-    let (booted, modules) = (&outcome.booted, &outcome.modules);
-    check(&view, booted, modules, old, old_heap.as_ref(), both, &mut list, (Depth::All, options))?;
+    let host = (&outcome.booted, &outcome.modules);
+    check_all(&view, host, old, old_heap.as_ref(), both, &mut list, options)?;
     clock.lap("relations", true);
     Ok((outcome, list))
 }

@@ -1,7 +1,7 @@
 //! The rehearsal: everything that can go wrong goes wrong on a copy, while the old version serves.
 
 use super::clock::Clock;
-use super::make::{Files, Guard, Old, at_rest, check, join, start};
+use super::make::{Files, Guard, Old, at_rest, check_all, join, start};
 use super::programs::{Programs, plan};
 use super::{History, UpdateError, UpdateOptions};
 use crate::boot::{BootOutcome, Fate, Host, fates};
@@ -10,7 +10,6 @@ use crate::link::{Span, WriteList};
 use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
 use mcr_transform::Prepared;
-use mcr_transform::verify::Depth;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -144,7 +143,7 @@ pub(super) fn rehearse(
     let mut list = join(&view, &booted, &outcome.modules, &old, heap.as_ref(), programs)?;
     clock.lap("link", false);
     let both = (programs, prepared);
-    check(&view, &booted, &outcome.modules, &old, heap.as_ref(), both, &mut list, (Depth::All, options))?;
+    check_all(&view, (&booted, &outcome.modules), &old, heap.as_ref(), both, &mut list, options)?;
     clock.lap("relations", false);
     Ok(Rehearsal { guard, outcome, patch, list, process, history, unreferenced })
 }

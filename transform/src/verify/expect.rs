@@ -225,7 +225,7 @@ impl Verifier<'_> {
         let Some(t) = self.process.threads.get(thread) else { return Verdict::Unknown };
         let holds =
             |l: &&super::OldLocal| l.tid == t.tid && l.size > 0 && l.addr <= old && old < l.addr + l.size;
-        let Some(l) = self.locals.iter().find(holds) else { return Verdict::Unknown };
+        let Some(l) = self.locals().iter().find(holds) else { return Verdict::Unknown };
         let place = proto::LocalAddr {
             old_tid: l.tid,
             frame: l.frame,

@@ -15,7 +15,7 @@ mod round_trip;
 mod walk;
 
 pub use expect::Verdict;
-pub use relations::{Depth, Relations};
+pub use relations::Relations;
 pub use round_trip::RoundTrip;
 
 use crate::Prepared;
@@ -25,6 +25,7 @@ use crate::relayout::Relayout;
 use crate::resolve::Resolver;
 use crate::space::Space;
 use mcr_image::{Addr, Memory, ModuleMap, Regs, proto, unwind};
+use std::sync::OnceLock;
 
 /// A value of the patch that lies outside of retained memory: the index in its list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -130,7 +131,7 @@ pub struct Verifier<'a> {
     pub(crate) convs: Convs,
     pub(crate) bias: u64,
     /// Values of old locals: thread, frame, variable.
-    pub(crate) locals: Vec<OldLocal>,
+    locals: OnceLock<Vec<OldLocal>>,
 }
 
 /// A local of an old frame.
@@ -179,8 +180,14 @@ impl<'a> Verifier<'a> {
             resolver,
             convs: expect::converted(prepared, heap, patch),
             bias: exe.bias.0,
-            locals: locals(prepared, process, memory, modules, exe.bias),
+            locals: OnceLock::new(),
         })
+    }
+
+    /// Locals of old's quiescent frames.
+    pub(crate) fn locals(&self) -> &[OldLocal] {
+        self.locals
+            .get_or_init(|| locals(self.prepared, self.process, self.memory, self.modules, Addr(self.bias)))
     }
 
     pub(crate) fn rl(&self) -> &dyn Relayout {
@@ -218,7 +225,7 @@ impl<'a> Verifier<'a> {
 
     /// The old local behind a carried one.
     pub(crate) fn local(&self, l: &proto::LocalValue) -> Option<&OldLocal> {
-        self.locals.iter().find(|o| {
+        self.locals().iter().find(|o| {
             o.tid == l.old_tid && o.frame == l.frame && o.function == l.function && o.name == l.variable
         })
     }
