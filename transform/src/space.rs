@@ -44,6 +44,8 @@ pub(crate) struct Space<'a> {
     pub heap: &'a GlibcHeap,
     pub program: Range<u64>,
     maps: Vec<(Range<u64>, Spot)>,
+    /// The largest mapping that is nothing in particular: where most pointers lead.
+    largest: Range<u64>,
     tls: Vec<(Range<u64>, usize)>,
     /// Memory that stays and is written to, without heap segments; for scanning.
     pub retained: Vec<Range<u64>>,
@@ -99,7 +101,12 @@ impl<'a> Space<'a> {
                 }
             }
         }
-        Self { heap, program, maps, tls, retained }
+        let apart = |r: &Range<u64>| {
+            tls.iter().all(|t: &(Range<u64>, usize)| t.0.end <= r.start || r.end <= t.0.start)
+        };
+        let plain = maps.iter().filter(|m| m.1 == Spot::Other && apart(&m.0));
+        let largest = plain.map(|m| m.0.clone()).max_by_key(|r| r.end - r.start).unwrap_or(0..0);
+        Self { heap, program, maps, largest, tls, retained }
     }
 
     /// What an address belongs to.
@@ -118,6 +125,9 @@ impl<'a> Space<'a> {
 
     /// As [`Self::spot`] for all but the heap, which is `Other` here: cheaper.
     pub fn outside(&self, addr: u64) -> Spot {
+        if self.largest.contains(&addr) {
+            return Spot::Other;
+        }
         let n = self.maps.partition_point(|m| m.0.start <= addr);
         let Some((range, spot)) = n.checked_sub(1).map(|i| &self.maps[i]) else { return Spot::Unmapped };
         if !range.contains(&addr) {

@@ -9,6 +9,7 @@ use crate::layout::{Layouts, SlotKind, record_name};
 use crate::space::{Space, Spot};
 use crate::types::{Type, TypeId};
 use mcr_image::{Addr, Memory};
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
@@ -166,6 +167,8 @@ pub(crate) struct Tracer<'a> {
     pub objs: Vec<Obj>,
     placed: Placed<'a>,
     names: Vec<String>,
+    /// All objects outside of roots, ascending, once everything has been followed.
+    order: OnceCell<Vec<ObjId>>,
     strong: VecDeque<Claim>,
     weak: VecDeque<Claim>,
     pub conflicts: Vec<Conflict>,
@@ -181,6 +184,7 @@ impl<'a> Tracer<'a> {
             objs: Vec::new(),
             placed: Placed::new(&space.heap.chunks),
             names: Vec::new(),
+            order: OnceCell::new(),
             strong: VecDeque::new(),
             weak: VecDeque::new(),
             conflicts: Vec::new(),
@@ -223,6 +227,7 @@ impl<'a> Tracer<'a> {
 
     /// Follows everything to the end.
     pub fn run(&mut self) {
+        self.order = OnceCell::new();
         while let Some(c) = self.strong.pop_front().or_else(|| self.weak.pop_front()) {
             self.take(c);
         }
@@ -245,9 +250,10 @@ impl<'a> Tracer<'a> {
         self.placed.range(start..end).into_iter().filter(|o| o.1 != id).count()
     }
 
-    /// Live objects outside of roots, ascending.
-    pub fn heap_objects(&self) -> impl Iterator<Item = ObjId> + '_ {
-        self.placed.range(0..u64::MAX).into_iter().map(|o| o.1)
+    /// Live objects outside of roots, ascending. To be asked when everything has been followed.
+    pub fn heap_objects(&self) -> impl ExactSizeIterator<Item = ObjId> + '_ {
+        let all = || self.placed.range(0..u64::MAX).into_iter().map(|o| o.1).collect();
+        self.order.get_or_init(all).iter().copied()
     }
 
     /// Bytes that an object covers.

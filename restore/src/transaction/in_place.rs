@@ -13,7 +13,7 @@ use crate::link::Span;
 use crate::link::relations::Depth;
 use mcr_criu_lite::tracee::commit;
 use mcr_criu_lite::{FreezeOptions, Frozen};
-use mcr_image::{Blocks, ElfFile, Fd, Memory, Pid, proto};
+use mcr_image::{Addr, Blocks, ElfFile, Fd, Memory, Pid, proto};
 use mcr_transform::Prepared;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -119,7 +119,14 @@ fn change(
     living.refresh();
     let memory = Blocks::new(&*living);
     let modules = Arc::clone(&collected.modules);
-    let (patch, heap) = plan(prepared, process, &memory, &modules)?;
+    let (patch, heap) = std::thread::scope(|s| {
+        let large: Vec<_> = process.vmas.iter().filter(|v| is_large(v)).collect();
+        if !large.is_empty() {
+            let memory = &memory;
+            s.spawn(move || read_ahead(pid, &large, memory));
+        }
+        plan(prepared, process, &memory, &modules)
+    })?;
     clock.lap("plan", true);
 
     let fates = fates(&process.vmas, process, &modules, &memory);
@@ -185,6 +192,28 @@ fn change(
     findings.extend(afterwards(&plan, &done, exe_call));
     let constants = inplace::leftovers::constants(process, &fates);
     Ok(Changed { list, patch, findings, constants })
+}
+
+/// Memory that takes a while to read, and that the plan will look at as a whole.
+fn is_large(v: &proto::Vma) -> bool {
+    const LARGE: u64 = 4 << 20;
+    v.kind() == proto::VmaKind::VmaAnonPrivate && v.prot & 3 == 3 && v.end - v.start >= LARGE
+}
+
+/// Reads memory from its end while the plan reads it from its start.
+fn read_ahead(pid: Pid, large: &[&proto::Vma], memory: &Blocks<'_>) {
+    const STEP: u64 = 64 << 10;
+    for v in large.iter().rev() {
+        // What cannot be read now is asked for again, and told of then.
+        let pages = mcr_criu_lite::own_pages(pid, Addr(v.start), Addr(v.end)).unwrap_or_default();
+        for (start, end) in pages.into_iter().rev() {
+            let mut at = end;
+            while at > start {
+                at = Addr((at.0 - 1) / STEP * STEP).max(start);
+                let _ = memory.slice(at, 1);
+            }
+        }
+    }
 }
 
 /// Descriptors that only the new version has, handed to the old process.

@@ -110,9 +110,7 @@ impl GlibcHeap {
         if addr < self.chunks.first()?.addr || addr >= self.chunks.last()?.end() {
             return None;
         }
-        let near = self.index.near(&self.segments, addr).unwrap_or(0..self.chunks.len());
-        let after = near.start + self.chunks[near].partition_point(|c| c.addr <= addr);
-        let i = after.checked_sub(1)?;
+        let i = self.index.up_to(&self.chunks, &self.segments, addr.0).checked_sub(1)?;
         (addr < self.chunks[i].end()).then_some(i)
     }
 

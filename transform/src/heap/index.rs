@@ -1,21 +1,30 @@
-//! Where in the list of chunks to look for an address: a search over a million chunks misses the cache at each
-//! step, one over the few of half a kilobyte does not.
+//! Which chunk holds an address: a search over a million chunks misses the cache at each step, a count of bits
+//! misses it once.
 
 use super::{Chunk, Segment};
-use mcr_image::Addr;
 use std::ops::Range;
 
-/// Bytes of a segment that share an entry.
-const STEP: u64 = 512;
+/// Bytes that share an entry, as a power of two: 32 places where a chunk may start.
+const STEP_BITS: u64 = 9;
+/// Chunks start at multiples of this, as a power of two.
+const PLACE_BITS: u64 = 4;
 /// Up to this many chunks of a segment are searched as they are.
 const FEW: usize = 16;
+
+/// The places of one step.
+#[derive(Clone, Copy, Debug, Default)]
+struct Entry {
+    /// How many chunks of the whole list start before it.
+    before: u32,
+    /// Where in it chunks start.
+    starts: u32,
+}
 
 /// For every segment the part of the list that is its own, and entries if that is long.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Index {
     parts: Vec<Part>,
-    /// How many chunks start at or before each multiple of [`STEP`] bytes into a segment.
-    entries: Vec<u32>,
+    entries: Vec<Entry>,
 }
 
 #[derive(Clone, Debug)]
@@ -37,45 +46,56 @@ impl Index {
             let first = next + chunks[next..].partition_point(|c| c.addr < s.start);
             next = first + chunks[first..].partition_point(|c| c.addr < s.end);
             let from = out.entries.len();
+            let own = &chunks[first..next];
+            let steps = (s.end.0.saturating_sub(1) >> STEP_BITS) - (s.start.0 >> STEP_BITS) + 1;
             // Few chunks over much memory are searched fast enough.
-            let dense = s.end.since(s.start) / STEP <= 64 * (next - first) as u64;
-            if next - first > FEW && dense {
-                let mut n = first;
-                let mut at = s.start;
-                while at < s.end {
-                    while n < next && chunks[n].addr <= at {
-                        n += 1;
-                    }
-                    out.entries.push(n as u32);
-                    at = at.add(STEP);
+            let dense = own.len() > FEW && steps <= 64 * own.len() as u64;
+            if dense && own.iter().all(|c| c.addr.0 & ((1 << PLACE_BITS) - 1) == 0) {
+                out.entries.resize(from + steps as usize, Entry::default());
+                let entries = &mut out.entries[from..];
+                for c in own {
+                    let step = (c.addr.0 >> STEP_BITS) - (s.start.0 >> STEP_BITS);
+                    entries[step as usize].starts |= 1 << place(c.addr.0);
                 }
-                out.entries.push(next as u32);
+                let mut before = first as u32;
+                for e in entries {
+                    e.before = before;
+                    before += e.starts.count_ones();
+                }
             }
             out.parts.push(Part { chunks: first..next, entries: from..out.entries.len() });
         }
         out
     }
 
-    /// The part of the list where the last chunk that starts at or before `addr` is, or right before it;
-    /// `None`: anywhere.
-    pub fn near(&self, segments: &[Segment], addr: Addr) -> Option<Range<usize>> {
+    /// How many chunks of the whole list start at or before `addr`, which is inside a segment; more where it is not.
+    pub fn up_to(&self, chunks: &[Chunk], segments: &[Segment], addr: u64) -> usize {
+        let search = |r: Range<usize>| r.start + chunks[r].partition_point(|c| c.addr.0 <= addr);
         if self.parts.len() != segments.len() {
-            return None;
+            return search(0..chunks.len());
         }
-        let i = segments.partition_point(|s| s.start <= addr).checked_sub(1)?;
+        let Some(i) = segments.partition_point(|s| s.start.0 <= addr).checked_sub(1) else { return 0 };
         let (s, part) = (&segments[i], &self.parts[i]);
-        if addr >= s.end || part.entries.is_empty() {
-            return Some(part.chunks.clone());
+        if addr >= s.end.0 || part.entries.is_empty() {
+            return search(part.chunks.clone());
         }
-        let e = part.entries.start + (addr.since(s.start) / STEP) as usize;
-        Some(self.entries[e] as usize..self.entries[e + 1] as usize)
+        let step = (addr >> STEP_BITS) - (s.start.0 >> STEP_BITS);
+        let e = self.entries[part.entries.start + step as usize];
+        let so_far = e.starts & (u32::MAX >> (31 - place(addr)));
+        e.before as usize + so_far.count_ones() as usize
     }
+}
+
+/// Which place of its step an address is in.
+fn place(addr: u64) -> u64 {
+    (addr >> PLACE_BITS) & 31
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::{ChunkState, SegmentKind};
     use super::*;
+    use mcr_image::Addr;
 
     #[test]
     fn the_part_holds_what_a_search_of_everything_finds() {
@@ -98,8 +118,7 @@ mod tests {
         let index = Index::new(&chunks, &segments);
         for at in (0xf_0000..0x52_0000).step_by(8) {
             let want = chunks.partition_point(|c| c.addr <= Addr(at));
-            let near = index.near(&segments, Addr(at)).unwrap_or(0..chunks.len());
-            let got = near.start + chunks[near].partition_point(|c| c.addr <= Addr(at));
+            let got = index.up_to(&chunks, &segments, at);
             let inside = segments.iter().any(|s| s.start.0 <= at && at < s.end.0);
             assert!(got == want || !inside, "{at:#x}: {got} {want}");
         }

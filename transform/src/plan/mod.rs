@@ -175,7 +175,7 @@ pub(crate) fn plan_with_findings(
     }
     w.phase("check", t);
 
-    w.stats().objects_opaque = heap.in_use().count().saturating_sub(tracer.heap_objects().count()) as u64;
+    w.stats().objects_opaque = heap.in_use().count().saturating_sub(tracer.heap_objects().len()) as u64;
     let findings = std::mem::take(&mut w.findings);
     w.patch.findings = findings.finish();
     let patch = w.patch;

@@ -7,7 +7,7 @@ use crate::reach::Reach;
 use crate::space::Spot;
 use crate::trace::Tracer;
 use crate::types::{RecordKind, Type, TypeId};
-use std::collections::HashMap;
+use mcr_image::FastMap;
 
 /// Adds a refusal for each of them: silence is never compatible.
 pub(super) fn report(w: &mut Work<'_>, tracer: &Tracer<'_>, convs: &Convs, reach: &Reach<'_>) {
@@ -74,7 +74,7 @@ fn candidates(
     changed: &[(TypeId, u64)],
     reach: &Reach<'_>,
 ) {
-    let mut by_usable: HashMap<u64, Vec<TypeId>> = HashMap::new();
+    let mut by_usable: FastMap<u64, Vec<TypeId>> = FastMap::default();
     for &(ty, size) in changed {
         let usable = (size + 8).next_multiple_of(16).max(0x20) - 8;
         by_usable.entry(usable).or_default().push(ty);

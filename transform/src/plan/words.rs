@@ -12,8 +12,8 @@ use crate::reach::Reach;
 use crate::scan::{Wanted, scan};
 use crate::space::{Space, Spot};
 use crate::trace::Tracer;
-use mcr_image::Addr;
 use mcr_image::proto::{self, Severity, place};
+use mcr_image::{Addr, FastMap, FastSet};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ use std::ops::Range;
 #[derive(Default)]
 pub(super) struct Typed {
     /// Old addresses of typed pointer slots that had to be looked at.
-    handled: HashSet<u64>,
+    handled: FastSet<u64>,
     /// New words by new address: in retained memory, or inside a converted object (index, offset).
     writes: Vec<(u64, u64)>,
     inside: HashMap<usize, Vec<(u64, u64)>>,
@@ -50,11 +50,10 @@ impl Typed {
 pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>) -> Typed {
     let mut done = Typed::default();
     let m = tracer.layouts.model;
-    let mut live: HashMap<crate::types::TypeId, u64> = HashMap::new();
+    let mut live: FastMap<crate::types::TypeId, u64> = FastMap::default();
     let (memory, mut buf) = (w.old.memory, Vec::new());
-    let ids: Vec<_> = tracer.heap_objects().collect();
-    w.stats().objects_typed = ids.len() as u64;
-    for id in ids {
+    w.stats().objects_typed = tracer.heap_objects().len() as u64;
+    for id in tracer.heap_objects() {
         let o = &tracer.objs[id as usize];
         let size = m.size_of(o.ty);
         *live.entry(o.ty).or_default() += o.count;

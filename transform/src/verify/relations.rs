@@ -113,6 +113,8 @@ impl Verifier<'_> {
             return Ok(());
         }
         let elements = self.resolver.elements(old, new);
+        let whole = walk.node(name.to_owned());
+        let native = joined(native);
         for i in 0..then.len() as u64 / os {
             let j = match &*elements {
                 Elements::Same => Some(i),
@@ -124,12 +126,13 @@ impl Verifier<'_> {
             };
             let from = &then[(i * os) as usize..((i + 1) * os) as usize];
             let base = j.unwrap_or(i) * ns;
-            let inside: Vec<Range<u64>> = native
+            let first = native.partition_point(|r| r.end <= base);
+            let inside: Vec<Range<u64>> = native[first..]
                 .iter()
-                .filter(|r| r.start < base + ns && base < r.end)
+                .take_while(|r| r.start < base + ns)
                 .map(|r| r.start.saturating_sub(base)..r.end.min(base + ns) - base)
                 .collect();
-            let node = walk.node(format!("{name}[{i}]"));
+            let node = walk.element(whole, i);
             walk.value(node, &value((*a, *b), (from, to), &inside, addr + i * os))?;
         }
         Ok(())
@@ -277,6 +280,20 @@ impl Placing for AtZero {
     fn root(&self, _: Root) -> Option<Vec<u8>> {
         None
     }
+}
+
+/// What any of the ranges covers, as disjoint ones, ascending.
+fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut all = ranges.to_vec();
+    all.sort_unstable_by_key(|r| r.start);
+    let mut out: Vec<Range<u64>> = Vec::new();
+    for r in all.into_iter().filter(|r| !r.is_empty()) {
+        match out.last_mut() {
+            Some(last) if r.start <= last.end => last.end = last.end.max(r.end),
+            _ => out.push(r),
+        }
+    }
+    out
 }
 
 pub(super) fn ranges(native: &[proto::Range]) -> Vec<Range<u64>> {

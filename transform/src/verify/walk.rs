@@ -18,6 +18,8 @@ const WHOLE: usize = 8;
 /// How an object was reached.
 enum Node {
     Root(String),
+    /// An element of a root that is an array.
+    Element(u32, u64),
     /// From another one, by this slot of this type.
     Step {
         from: u32,
@@ -91,6 +93,16 @@ impl<'v, 'a> Walk<'v, 'a> {
     pub fn node(&mut self, name: String) -> u32 {
         self.nodes.push(Node::Root(name));
         (self.nodes.len() - 1) as u32
+    }
+
+    /// An element of a root.
+    pub fn element(&mut self, root: u32, index: u64) -> u32 {
+        self.nodes.push(Node::Element(root, index));
+        (self.nodes.len() - 1) as u32
+    }
+
+    fn is_root(&self, node: u32) -> bool {
+        matches!(self.nodes[node as usize], Node::Root(_) | Node::Element(..))
     }
 
     /// Pointer slots of a type, with their places in the new one.
@@ -285,7 +297,7 @@ impl<'v, 'a> Walk<'v, 'a> {
     /// "sessions->next->name": the slot of an object.
     fn path(&self, node: u32, ty: TypeId, offset: u64) -> String {
         let field = self.v.prepared.layouts.field_path(ty, offset);
-        join(self.path_of(node), &field, matches!(self.nodes[node as usize], Node::Root(_)))
+        join(self.path_of(node), &field, self.is_root(node))
     }
 
     fn path_of(&self, node: u32) -> String {
@@ -294,8 +306,9 @@ impl<'v, 'a> Walk<'v, 'a> {
         let root = loop {
             match &self.nodes[at as usize] {
                 Node::Root(name) => break name.clone(),
+                Node::Element(root, i) => break format!("{}[{i}]", self.path_of(*root)),
                 Node::Step { from, ty, offset } => {
-                    steps.push((*ty, *offset, matches!(self.nodes[*from as usize], Node::Root(_))));
+                    steps.push((*ty, *offset, self.is_root(*from)));
                     at = *from;
                 }
             }
