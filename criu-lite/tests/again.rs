@@ -1,0 +1,65 @@
+//! A process is collected twice: what is taken from the first time, and what is not.
+
+mod common;
+
+use common::Program;
+use mcr_criu_lite::{CollectOptions, Collected, FreezeOptions, Frozen, QuiesceOptions};
+use mcr_image::Pid;
+use mcr_image::proto::fd::Object;
+
+/// Three sockets; at the first byte of input one of them becomes another socket, one a pipe and one close-on-exec.
+const SOCKETS: &str = r#"
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <unistd.h>
+int main(void) {
+    int s[3], p[2]; char b;
+    for (int i = 0; i < 3; i++) { s[i] = socket(AF_INET, SOCK_STREAM, 0); dup2(s[i], 50 + i); close(s[i]); }
+    puts("ready"); fflush(stdout);
+    if (read(0, &b, 1) != 1) return 1;
+    s[0] = socket(AF_UNIX, SOCK_STREAM, 0); dup2(s[0], 50); close(s[0]);
+    pipe(p); dup2(p[0], 51);
+    fcntl(52, F_SETFD, FD_CLOEXEC);
+    puts("changed"); fflush(stdout);
+    return read(0, &b, 1) < 0;
+}
+"#;
+
+fn collect(p: &Program, options: &CollectOptions<'_>) -> Collected {
+    let mut f = Frozen::seize(Pid(p.pid()), &FreezeOptions::default()).unwrap();
+    let states = f.quiesce(&QuiesceOptions::default()).unwrap();
+    let collected = f.collect_with(&states, options).unwrap();
+    f.thaw().unwrap();
+    collected
+}
+
+#[test]
+fn only_a_socket_that_is_still_the_same_is_not_asked_again() {
+    let mut p = Program::start(SOCKETS);
+    p.wait_blocked(p.pid(), libc::SYS_read);
+    let mut first = collect(&p, &CollectOptions::live());
+    // To be told from what is asked anew.
+    for f in &mut first.process.fds {
+        f.flags |= 0x4000_0000;
+    }
+    let again = CollectOptions { known: &first.process.fds, ..CollectOptions::live() };
+    let same = collect(&p, &again);
+    let of = |c: &Collected, n: u32| c.process.fds.iter().find(|f| f.number == n).cloned().unwrap();
+    for n in 50..53 {
+        assert_eq!(of(&same, n).flags & 0x4000_0000, 0x4000_0000, "{n}");
+        assert!(!same.fds.contains_key(&n), "{n} was duplicated");
+        assert_eq!(of(&same, n).object, of(&first, n).object);
+    }
+    assert_eq!(of(&same, 0).flags & 0x4000_0000, 0, "no socket");
+
+    p.tell("");
+    assert_eq!(p.line(), "changed");
+    p.wait_blocked(p.pid(), libc::SYS_read);
+    let then = collect(&p, &again);
+    assert!(matches!(of(&then, 50).object, Some(Object::Unix(_))), "{:?}", of(&then, 50));
+    assert!(matches!(of(&then, 51).object, Some(Object::Pipe(_))), "{:?}", of(&then, 51));
+    assert!(then.fds.contains_key(&50) && then.fds.contains_key(&51));
+    assert_eq!(of(&then, 52).flags & 0x4000_0000, 0x4000_0000);
+    assert!(of(&then, 52).cloexec && !of(&first, 52).cloexec);
+}
