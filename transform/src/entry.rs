@@ -5,7 +5,7 @@ use crate::layout::Layouts;
 use crate::plan::{NewProgram, OldState, plan_with_findings};
 use crate::resolve::Known;
 use crate::types::TypeModel;
-use crate::verify::{Unbooted, Verifier};
+use crate::verify::{KnownSlots, Unbooted, Verifier};
 use crate::{PatchedMemory, TransformError, diff};
 use mcr_image::{DebugDirs, ElfFile, Image, Memory, ModuleMap, proto};
 use mcr_plugin::Rules;
@@ -168,6 +168,7 @@ pub struct Prepared<'a> {
     pub(crate) changes: Vec<proto::TypeChange>,
     pub(crate) layouts: Layouts<'a>,
     pub(crate) known: Known,
+    pub(crate) slots: KnownSlots,
     /// The allocator's place in the last process that was planned for, with that libc's place and build-id.
     heap: Mutex<Option<(LibcAt, heap::Known)>>,
 }
@@ -207,6 +208,7 @@ impl<'a> Prepared<'a> {
             changes,
             layouts: Layouts::new(loaded.old_types, rules),
             known: Known::default(),
+            slots: KnownSlots::default(),
             heap: Mutex::new(None),
         }
     }

@@ -113,6 +113,9 @@ impl<'a> Space<'a> {
     pub fn spot(&self, addr: u64) -> Spot {
         let spot = self.outside(addr);
         if spot == Spot::Other {
+            if let Some(i) = self.heap.used_at(Addr(addr)) {
+                return Spot::Chunk(i);
+            }
             if let Some(i) = self.heap.index(Addr(addr)) {
                 return Spot::Chunk(i);
             }
@@ -121,6 +124,11 @@ impl<'a> Space<'a> {
             }
         }
         spot
+    }
+
+    /// The chunk in use that starts at an address: what most pointers lead to, and quickly told. `None` says nothing.
+    pub fn object(&self, addr: u64) -> Option<usize> {
+        self.heap.used_at(Addr(addr)).filter(|_| self.outside(addr) == Spot::Other)
     }
 
     /// As [`Self::spot`] for all but the heap, which is `Other` here: cheaper.

@@ -308,7 +308,8 @@ impl<'a> Tracer<'a> {
         if value == 0 {
             return;
         }
-        let spot = self.space.spot(value);
+        let object = self.space.object(value);
+        let spot = object.map_or_else(|| self.space.spot(value), Spot::Chunk);
         if let Some(id) = self.placed.at(value, spot.chunk())
             && self.layouts.same(self.objs[id as usize].ty, ty)
         {
@@ -316,7 +317,10 @@ impl<'a> Tracer<'a> {
         }
         // What `take` would turn away at once is not queued.
         let chunks = &self.space.heap.chunks;
-        if !matches!(spot, Spot::Other) && !spot.chunk().is_some_and(|i| chunks[i].state.in_use()) {
+        if object.is_none()
+            && !matches!(spot, Spot::Other)
+            && !spot.chunk().is_some_and(|i| chunks[i].state.in_use())
+        {
             return;
         }
         let claim = Claim { addr: value, spot, ty, weak, via };
@@ -482,6 +486,7 @@ impl<'a> Tracer<'a> {
                     }
                     let ok = match s.kind {
                         SlotKind::Function => matches!(self.space.spot(v), Spot::Program | Spot::Library),
+                        SlotKind::Pointer(_) if self.space.object(v).is_some() => true,
                         SlotKind::Pointer(_) => match self.space.spot(v) {
                             Spot::Chunk(i) => self.space.heap.chunks[i].state.in_use(),
                             Spot::Unmapped | Spot::HeapGap => false,
@@ -517,6 +522,9 @@ impl<'a> Tracer<'a> {
     }
 
     fn plausible(&self, v: u64) -> bool {
+        if self.space.object(v).is_some() {
+            return true;
+        }
         match self.space.spot(v) {
             Spot::Chunk(i) => {
                 let c = &self.space.heap.chunks[i];

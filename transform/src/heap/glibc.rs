@@ -114,6 +114,12 @@ impl GlibcHeap {
         (addr < self.chunks[i].end()).then_some(i)
     }
 
+    /// Index of the chunk in use that starts at `addr`; `None` says nothing. It takes no look at `chunks`.
+    #[must_use]
+    pub(crate) fn used_at(&self, addr: Addr) -> Option<usize> {
+        self.index.used_at(&self.segments, addr.0)
+    }
+
     /// The run of chunks that contains `addr`.
     #[must_use]
     pub fn segment(&self, addr: Addr) -> Option<&Segment> {

@@ -18,6 +18,8 @@ struct Entry {
     before: u32,
     /// Where in it chunks start.
     starts: u32,
+    /// Where in it chunks in use start.
+    used: u32,
 }
 
 /// For every segment the part of the list that is its own, and entries if that is long.
@@ -55,7 +57,9 @@ impl Index {
                 let entries = &mut out.entries[from..];
                 for c in own {
                     let step = (c.addr.0 >> STEP_BITS) - (s.start.0 >> STEP_BITS);
-                    entries[step as usize].starts |= 1 << place(c.addr.0);
+                    let e = &mut entries[step as usize];
+                    e.starts |= 1 << place(c.addr.0);
+                    e.used |= u32::from(c.state.in_use() && c.usable > 0) << place(c.addr.0);
                 }
                 let mut before = first as u32;
                 for e in entries {
@@ -79,10 +83,31 @@ impl Index {
         if addr >= s.end.0 || part.entries.is_empty() {
             return search(part.chunks.clone());
         }
-        let step = (addr >> STEP_BITS) - (s.start.0 >> STEP_BITS);
-        let e = self.entries[part.entries.start + step as usize];
+        let e = self.entry(s, part, addr);
         let so_far = e.starts & (u32::MAX >> (31 - place(addr)));
         e.before as usize + so_far.count_ones() as usize
+    }
+}
+
+impl Index {
+    fn entry(&self, s: &Segment, part: &Part, addr: u64) -> Entry {
+        let step = (addr >> STEP_BITS) - (s.start.0 >> STEP_BITS);
+        self.entries[part.entries.start + step as usize]
+    }
+
+    /// The chunk in use that starts at `addr`, where that can be told without looking at the list. `None` says nothing.
+    pub fn used_at(&self, segments: &[Segment], addr: u64) -> Option<usize> {
+        if addr & ((1 << PLACE_BITS) - 1) != 0 || self.parts.len() != segments.len() {
+            return None;
+        }
+        let i = segments.partition_point(|s| s.start.0 <= addr).checked_sub(1)?;
+        let (s, part) = (&segments[i], &self.parts[i]);
+        if addr >= s.end.0 || part.entries.is_empty() {
+            return None;
+        }
+        let e = self.entry(s, part, addr);
+        let bit = 1u32 << place(addr);
+        (e.used & bit != 0).then(|| e.before as usize + (e.starts & (bit - 1)).count_ones() as usize)
     }
 }
 
@@ -108,7 +133,7 @@ mod tests {
             for _ in 0..(if s == 2 { 1 } else { 300 }) {
                 x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 let size = 0x20 + 16 * ((x >> 33) % if x >> 60 == 0 { 300 } else { 6 });
-                let state = ChunkState::InUse;
+                let state = if x >> 62 == 0 { ChunkState::Bin } else { ChunkState::InUse };
                 chunks.push(Chunk { addr: Addr(at + 16), usable: size - 8, state, arena: 0 });
                 at += size;
             }
@@ -121,6 +146,16 @@ mod tests {
             let got = index.up_to(&chunks, &segments, at);
             let inside = segments.iter().any(|s| s.start.0 <= at && at < s.end.0);
             assert!(got == want || !inside, "{at:#x}: {got} {want}");
+            let last = want.checked_sub(1).map(|i| (i, chunks[i]));
+            let used = last.filter(|(_, c)| c.addr.0 == at && c.state.in_use()).map(|l| l.0);
+            match index.used_at(&segments, at) {
+                Some(i) => assert_eq!(Some(i), used, "{at:#x}"),
+                // One segment has too few chunks to be worth it.
+                None => assert!(
+                    used.is_none() || segments[2].start.0 <= at && at < segments[3].start.0,
+                    "{at:#x}"
+                ),
+            }
         }
     }
 }

@@ -80,7 +80,7 @@ pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<
             };
             let (mut fixes, mut syncs) = (Fixes::new(), Vec::new());
             words.typed(&path, &mut w.findings, &mut syncs, &mut fixes);
-            for s in syncs.iter_mut() {
+            for s in &mut syncs {
                 if let Some(a) =
                     fixer.convs.at(s.addr).and_then(|n| fixer.convs.list[n].place(fixer.rl, s.addr))
                 {

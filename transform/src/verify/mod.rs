@@ -17,6 +17,7 @@ mod walk;
 pub use expect::Verdict;
 pub use relations::Relations;
 pub use round_trip::RoundTrip;
+pub(crate) use walk::KnownSlots;
 
 use crate::Prepared;
 use crate::heap::GlibcHeap;

@@ -5,10 +5,10 @@ use crate::layout::{SlotKind, record_name};
 use crate::space::Spot;
 use crate::trace::word_at;
 use crate::types::{Type, TypeId};
-use mcr_image::{Addr, Memory};
-use std::collections::{HashMap, HashSet, VecDeque};
+use mcr_image::{Addr, FastMap, FastSet, Memory};
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Slack that malloc may leave behind the requested bytes.
 const SLACK: u64 = 32;
@@ -41,6 +41,10 @@ struct Task {
     weak: bool,
 }
 
+/// Pointer slots by old and new type, for more than one walk: they depend on the programs alone.
+#[derive(Default)]
+pub(crate) struct KnownSlots(Mutex<FastMap<(TypeId, Option<TypeId>), Arc<[Mapped]>>>);
+
 /// A slot with its place in the new layout.
 #[derive(Clone, Copy)]
 struct Mapped {
@@ -70,9 +74,9 @@ pub(super) struct Walk<'v, 'a> {
     view: &'v dyn Memory,
     at: &'v dyn Placing,
     nodes: Vec<Node>,
-    seen: HashSet<(u64, TypeId)>,
+    seen: FastSet<(u64, TypeId)>,
     queue: VecDeque<Task>,
-    mapped: HashMap<(TypeId, Option<TypeId>), Rc<[Mapped]>>,
+    mapped: FastMap<(TypeId, Option<TypeId>), Arc<[Mapped]>>,
     pub found: Relations,
 }
 
@@ -83,9 +87,9 @@ impl<'v, 'a> Walk<'v, 'a> {
             view,
             at,
             nodes: Vec::new(),
-            seen: HashSet::new(),
+            seen: FastSet::default(),
             queue: VecDeque::new(),
-            mapped: HashMap::new(),
+            mapped: FastMap::default(),
             found: Relations::default(),
         }
     }
@@ -106,9 +110,14 @@ impl<'v, 'a> Walk<'v, 'a> {
     }
 
     /// Pointer slots of a type, with their places in the new one.
-    fn slots(&mut self, old: TypeId, new: Option<TypeId>) -> Rc<[Mapped]> {
+    fn slots(&mut self, old: TypeId, new: Option<TypeId>) -> Arc<[Mapped]> {
         if let Some(m) = self.mapped.get(&(old, new)) {
-            return Rc::clone(m);
+            return Arc::clone(m);
+        }
+        let known = &self.v.prepared.slots.0;
+        if let Some(m) = known.lock().unwrap_or_else(PoisonError::into_inner).get(&(old, new)) {
+            self.mapped.insert((old, new), Arc::clone(m));
+            return Arc::clone(m);
         }
         let (layouts, rl) = (&self.v.prepared.layouts, self.v.rl());
         let wanted = |k: SlotKind| {
@@ -121,7 +130,7 @@ impl<'v, 'a> Walk<'v, 'a> {
                     | SlotKind::Pid
             )
         };
-        let list: Rc<[Mapped]> = layouts
+        let list: Arc<[Mapped]> = layouts
             .of(old)
             .slots
             .iter()
@@ -131,7 +140,8 @@ impl<'v, 'a> Walk<'v, 'a> {
                 Some(Mapped { old: s.offset, new: to?, kind: s.kind })
             })
             .collect();
-        self.mapped.insert((old, new), Rc::clone(&list));
+        self.mapped.insert((old, new), Arc::clone(&list));
+        known.lock().unwrap_or_else(PoisonError::into_inner).insert((old, new), Arc::clone(&list));
         list
     }
 
