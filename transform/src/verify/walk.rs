@@ -43,7 +43,9 @@ struct Task {
 
 /// Pointer slots by old and new type, for more than one walk: they depend on the programs alone.
 #[derive(Default)]
-pub(crate) struct KnownSlots(Mutex<FastMap<(TypeId, Option<TypeId>), Arc<[Mapped]>>>);
+pub(crate) struct KnownSlots(Mutex<ByTypes>);
+
+type ByTypes = FastMap<(TypeId, Option<TypeId>), Arc<[Mapped]>>;
 
 /// A slot with its place in the new layout.
 #[derive(Clone, Copy)]
@@ -76,7 +78,7 @@ pub(super) struct Walk<'v, 'a> {
     nodes: Vec<Node>,
     seen: FastSet<(u64, TypeId)>,
     queue: VecDeque<Task>,
-    mapped: FastMap<(TypeId, Option<TypeId>), Arc<[Mapped]>>,
+    mapped: ByTypes,
     pub found: Relations,
 }
 
