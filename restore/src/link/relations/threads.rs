@@ -129,8 +129,8 @@ fn exchanged(now: &Final<'_>) -> Result<(), Refusal> {
     if now.input.process.threads.len() < 2 {
         return Ok(());
     }
-    let back: BTreeMap<u64, u64> =
-        now.input.patch.objects.iter().filter(|o| o.moved).map(|o| (o.addr, o.old_addr)).collect();
+    let back: BTreeMap<u64, &proto::TypedObject> =
+        now.input.patch.objects.iter().filter(|o| o.moved).map(|o| (o.addr, o)).collect();
     let mut then = Held::default();
     let mut later = Held::default();
     for (old, new) in now.threads() {
@@ -142,7 +142,8 @@ fn exchanged(now: &Final<'_>) -> Result<(), Refusal> {
         }
         let regs = now.regs(new);
         for w in held_words(now.view, &regs, new.fs_base, &now.input.booted.vmas) {
-            let moved = back.range(..=w).next_back().map(|(n, o)| o + (w - n));
+            let before = back.range(..=w).next_back();
+            let moved = before.filter(|(n, o)| w - **n < o.size).map(|(n, o)| o.old_addr + (w - n));
             let old_place = if now.verifier.is_object(w) { Some(w) } else { moved };
             if let Some(o) = old_place.and_then(|w| now.verifier.object_start(w)) {
                 later.add(o, old.tid);
