@@ -3,9 +3,10 @@
 mod support;
 
 use mcr_image::proto::{self, reloc};
-use mcr_image::{Addr, Memory};
+use mcr_image::{Addr, DebugDirs, ElfFile, Memory};
 use mcr_plugin::Rules;
-use mcr_transform::{Options, PatchedMemory, transform_process};
+use mcr_transform::types::TypeModel;
+use mcr_transform::{Loaded, Options, PatchedMemory, Prepared, transform_process};
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -125,4 +126,49 @@ fn the_same_build_changes_no_object() {
     let s = p.stats.as_ref().unwrap();
     assert_eq!((s.moved, s.relaid, p.regions.len()), (0, 0, 0));
     assert!(p.changes.is_empty());
+}
+
+#[test]
+fn what_is_known_from_an_earlier_plan_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = compile(dir.path(), "old", &example("v1.c"), &[]);
+    let new = compile(dir.path(), "new", &example("v2.c"), &[]);
+    let log = dir.path().join("log");
+    let port = 17438;
+    let t = Target::start(&old, &[&port.to_string(), log.to_str().unwrap()]);
+    let toml = std::fs::read_to_string(example("v2.toml")).unwrap();
+    let rules = Rules::parse(&toml, Path::new("kv.toml")).unwrap();
+    let read = |path: &Path| {
+        let elf = ElfFile::open_with_debug(path, &DebugDirs::default()).unwrap();
+        let types = TypeModel::load(&elf, &DebugDirs::default()).unwrap();
+        (elf, types)
+    };
+    let ((_, old_types), (elf, types)) = (read(&old), read(&new));
+    let loaded = Loaded { path: new.display().to_string(), elf: &elf, types: &types, old_types: &old_types };
+    let kept = Prepared::new(&loaded, &rules);
+    let plan = |prepared: &Prepared<'_>| {
+        let mut process = t.process();
+        process.fds = epolls(t.pid());
+        let (patch, heap) = prepared.plan(&process, &t, &t.modules()).unwrap();
+        (proto::Patch { stats: None, ..patch }, heap.chunks)
+    };
+    let mut clients = Vec::new();
+    for round in 0..4 {
+        clients.push(Client::connect(port));
+        for k in 0..300 {
+            let key = (k * 37 + round * 11) % 400;
+            let asked = if (k + round) % 5 == 4 {
+                format!("DEL key{key}")
+            } else {
+                format!("SET key{key} {round}.{k}")
+            };
+            clients[k % (round + 1)].ask(&asked);
+        }
+        assert_eq!(clients[0].ask("SELFCHECK"), "OK");
+        t.stop();
+        let (again, fresh) = (plan(&kept), plan(&Prepared::new(&loaded, &rules)));
+        assert!(!again.0.objects.is_empty() && !again.0.globals.is_empty() && !again.0.relocs.is_empty());
+        assert!(again == fresh, "round {round}: a plan with what an earlier one found out is another one");
+        t.go_on();
+    }
 }
