@@ -11,6 +11,7 @@ use crate::space::Spot;
 use crate::types::{Type, TypeId};
 use mcr_image::elf::SectionKind;
 use mcr_image::{Addr, LinkAddr, proto};
+use std::collections::HashMap;
 
 /// What is to be said of a pair of words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,39 +26,51 @@ pub enum Verdict {
 
 /// The objects that got a new layout, from the patch.
 pub(super) fn converted(prepared: &Prepared<'_>, heap: &GlibcHeap, patch: &proto::Patch) -> Convs {
-    let mut list: Vec<Conv> =
-        patch.objects.iter().filter(|o| o.relaid).filter_map(|o| one(prepared, heap, patch, o)).collect();
+    let mut retired: Vec<(u64, u64)> = patch.retired.iter().map(|r| (r.start, r.end)).collect();
+    retired.sort_unstable();
+    let mut types: HashMap<(&str, &str), Vec<(TypeId, TypeId)>> = HashMap::new();
+    let mut list: Vec<Conv> = Vec::with_capacity(patch.objects.len());
+    for o in patch.objects.iter().filter(|o| o.relaid) {
+        let key = (o.old_type_name.as_str(), o.type_name.as_str());
+        let known = types.entry(key).or_insert_with(|| candidates(prepared, o));
+        list.extend(one(prepared, heap, &retired, known, o));
+    }
     list.sort_by_key(|c| c.start);
     Convs { list }
+}
+
+/// The pairs of types that an object of these names may have.
+fn candidates(prepared: &Prepared<'_>, o: &proto::TypedObject) -> Vec<(TypeId, TypeId)> {
+    let rl: &dyn Relayout = &prepared.diff;
+    let pair = |ty: &TypeId| {
+        let n = rl.pair(*ty)?;
+        let fits = prepared.types.display(n) == o.type_name && rl.changed(*ty, n);
+        fits.then(|| (prepared.old_types.resolve(*ty), n))
+    };
+    prepared.old_types.find_types(&o.old_type_name).iter().filter_map(pair).collect()
 }
 
 fn one(
     prepared: &Prepared<'_>,
     heap: &GlibcHeap,
-    patch: &proto::Patch,
+    retired: &[(u64, u64)],
+    types: &[(TypeId, TypeId)],
     o: &proto::TypedObject,
 ) -> Option<Conv> {
     let (rl, layouts): (&dyn Relayout, &Layouts<'_>) = (&prepared.diff, &prepared.layouts);
     let count = u64::from(o.count.max(1));
-    let fits = |ty: &TypeId| {
-        rl.pair(*ty).is_some_and(|n| {
-            prepared.types.display(n) == o.type_name
-                && rl.changed(*ty, n)
-                && count.checked_mul(rl.size_new(n)).is_some_and(|s| s <= o.size)
-        })
-    };
-    let old_ty = prepared.old_types.find_types(&o.old_type_name).iter().copied().find(fits)?;
-    let old_ty = prepared.old_types.resolve(old_ty);
-    let new_ty = rl.pair(old_ty)?;
+    let fits = |t: &&(TypeId, TypeId)| count.checked_mul(rl.size_new(t.1)).is_some_and(|s| s <= o.size);
+    let &(old_ty, new_ty) = types.iter().find(fits)?;
     let (old_size, new_size) = (prepared.old_types.size_of(old_ty), rl.size_new(new_ty));
     let chunk = heap.find(Addr(o.old_addr)).map(|c| c.end().0);
     let tail = layouts.of(old_ty).tail.filter(|_| count == 1).zip(rl.tail_new(new_ty));
     let tail = tail.map(|(a, b)| (a.0, b.0)).filter(|t| chunk.is_some() && o.size > t.1);
     let whole = o.old_addr.checked_add(count.checked_mul(old_size)?)?;
     // What moves takes its chunk with it.
-    let left = patch.retired.iter().find(|r| o.moved && r.start <= o.old_addr && o.old_addr < r.end);
+    let left = retired.partition_point(|r| r.0 <= o.old_addr).checked_sub(1).map(|i| retired[i]);
+    let left = left.filter(|r| o.moved && o.old_addr < r.1);
     let own = (o.old_addr, if tail.is_some() { chunk? } else { whole });
-    let (start, end) = left.map_or(own, |r| (r.start, r.end));
+    let (start, end) = left.unwrap_or(own);
     Some(Conv {
         id: 0,
         old_addr: o.old_addr,

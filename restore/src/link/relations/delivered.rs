@@ -5,7 +5,7 @@ use super::super::overlay::Overlay;
 use super::super::state::{State, Target};
 use super::super::{globals, lay_patch, locals, written_ranges};
 use super::{Final, NEXT};
-use mcr_image::{Addr, Memory, Tid};
+use mcr_image::{Addr, Tid};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Offset of a `FILE`'s method table, and its size: libc's own objects, whose list `link` joins.
@@ -18,7 +18,8 @@ pub(super) struct Asked<'a> {
     locals: Vec<Option<Target>>,
 }
 
-pub(super) fn asked<'a>(now: &Final<'a>) -> Result<Asked<'a>, Refusal> {
+/// `heap`: with what changes in old's heap.
+pub(super) fn asked<'a>(now: &Final<'a>, heap: bool) -> Result<Asked<'a>, Refusal> {
     let (input, patch) = (now.input, now.input.patch);
     let mut state = State {
         out: Overlay::new(input.host),
@@ -27,7 +28,9 @@ pub(super) fn asked<'a>(now: &Final<'a>) -> Result<Asked<'a>, Refusal> {
         findings: Vec::new(),
         stats: LinkStats::default(),
     };
-    lay_patch(patch, &mut state.out);
+    if heap {
+        lay_patch(patch, &mut state.out);
+    }
     let tls = globals::write(patch, now.layout, &mut state)?;
     let thread_for = |old: u32| input.booted.thread_for(Tid(old as i32)).map(|t| t.tid);
     let targets = locals::write(patch, now.sites, input.types, thread_for, |_| false, &mut state);
@@ -35,7 +38,7 @@ pub(super) fn asked<'a>(now: &Final<'a>) -> Result<Asked<'a>, Refusal> {
     Ok(Asked { state, tls, locals: targets })
 }
 
-pub(super) fn check(now: &Final<'_>, asked: &Asked<'_>) -> Result<usize, Refusal> {
+pub(super) fn check(now: &Final<'_>, asked: &Asked<'_>, heap: bool) -> Result<usize, Refusal> {
     let (input, patch) = (now.input, now.input.patch);
     let Asked { state, tls, locals: targets } = asked;
     let mut syncs: Vec<(u64, u64)> =
@@ -89,7 +92,9 @@ pub(super) fn check(now: &Final<'_>, asked: &Asked<'_>) -> Result<usize, Refusal
             .at(format!("thread {tid}")));
         }
     }
-    untouched(now, &state.out, &is_sync)?;
+    if heap {
+        untouched(now, &state.out, &is_sync)?;
+    }
     Ok(bytes)
 }
 

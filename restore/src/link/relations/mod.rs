@@ -10,6 +10,7 @@
 
 mod delivered;
 mod kernel;
+mod listed;
 mod placed;
 mod threads;
 mod twins;
@@ -18,10 +19,10 @@ use super::globals::Layout;
 use super::input::NewThread;
 use super::locals::Sites;
 use super::output::{Refusal, WriteList};
-use super::overlay::Overlay;
 use super::{LinkInput, heap_refusal, heap_threads, malloc_offsets};
+use listed::Listed;
 use mcr_image::unwind::{Frame, unwind};
-use mcr_image::{Regs, Tid, proto};
+use mcr_image::{Memory, Regs, Tid, proto};
 use mcr_transform::Prepared;
 use mcr_transform::heap::GlibcHeap;
 use mcr_transform::verify::{Broken, Relations, Verifier};
@@ -40,6 +41,9 @@ pub struct Checked {
     pub findings: Vec<proto::Finding>,
 }
 
+/// Up to this many bytes of old's heap that change are compared in the pause, too.
+const CHEAP: usize = 1 << 20;
+
 /// How much to look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
@@ -53,7 +57,7 @@ pub enum Depth {
 struct Final<'a> {
     input: &'a LinkInput<'a>,
     list: &'a WriteList,
-    view: &'a Overlay<'a>,
+    view: &'a dyn Memory,
     layout: &'a Layout<'a>,
     sites: &'a Sites,
     verifier: &'a Verifier<'a>,
@@ -94,10 +98,7 @@ pub fn check(
     prepared: &Prepared<'_>,
     depth: Depth,
 ) -> Result<Checked, Refusal> {
-    let mut view = Overlay::new(input.host);
-    for w in &list.memory {
-        view.write(w.addr, &w.bytes);
-    }
+    let view = Listed { base: input.host, writes: &list.memory };
     let read_now;
     let heap = match input.old_heap {
         Some(h) => h,
@@ -142,8 +143,11 @@ pub fn check(
         heap.known().as_ref(),
     )
     .map_err(|e| heap_refusal("new", &e.to_string()))?;
-    let asked = delivered::asked(&now)?;
-    let mut out = Checked { delivered: delivered::check(&now, &asked)?, ..Checked::default() };
+    let heavy: usize = input.patch.regions.iter().map(|r| r.content.len()).sum::<usize>()
+        + input.patch.writes.iter().map(|w| w.content.len()).sum::<usize>();
+    let heap_too = depth == Depth::All || heavy <= CHEAP;
+    let asked = delivered::asked(&now, heap_too)?;
+    let mut out = Checked { delivered: delivered::check(&now, &asked, heap_too)?, ..Checked::default() };
     out.words += threads::check(&now, &native, &mut out.findings)?;
     out.words += twins::check(&now, &native, &asked.state.out, &asked.state.set)?;
     out.words += kernel::check(&now)?;

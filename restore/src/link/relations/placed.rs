@@ -4,7 +4,6 @@ use super::super::LinkInput;
 use super::super::globals::Layout;
 use super::super::locals::{Site, Sites};
 use super::super::output::WriteList;
-use super::super::overlay::Overlay;
 use super::super::state::{Target, register};
 use mcr_image::{Addr, Memory, Tid, proto};
 use mcr_transform::verify::{Placing, Root};
@@ -15,7 +14,7 @@ pub(super) struct Placed<'a> {
     pub list: &'a WriteList,
     pub layout: &'a Layout<'a>,
     pub sites: &'a Sites,
-    pub view: &'a Overlay<'a>,
+    pub view: &'a dyn Memory,
 }
 
 impl Placed<'_> {

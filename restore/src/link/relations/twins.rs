@@ -6,7 +6,7 @@ use super::super::overlay::Overlay;
 use super::super::scan;
 use super::super::state::register;
 use super::{Final, relation};
-use mcr_image::{Addr, Memory, Tid};
+use mcr_image::{Addr, Tid};
 use mcr_transform::heap::GlibcHeap;
 use std::collections::{BTreeMap, BTreeSet};
 
