@@ -177,13 +177,14 @@ pub fn dump(
         clock.lap("shared memory", true);
         let mut child = frozen.fork_hidden()?;
         // Neither the copy nor we may hold on to what the process closes from now on.
-        child.syscall(libc::SYS_close_range, &[0, u64::from(u32::MAX), 0])?;
+        let closed = child.syscall(libc::SYS_close_range, &[0, u64::from(u32::MAX), 0]);
         all.let_go();
         clock.lap("fork", true);
         frozen_us = frozen.thaw()?.as_micros() as u64;
         clock.lap("thaw", true);
         let (memory, child_pid) = (child.memory().clone(), child.pid());
-        let result = pages(pid, &mut writer, &memory, &plan.in_child);
+        let result =
+            closed.map_err(DumpError::from).and_then(|_| pages(pid, &mut writer, &memory, &plan.in_child));
         // Whatever happened, nothing of ours stays behind.
         let killed = child.kill();
         let reaped = reap_hidden(pid, child_pid);

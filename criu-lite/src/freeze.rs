@@ -2,10 +2,11 @@
 
 use crate::collect::Known;
 use crate::sys::{self, RealTime};
-use crate::tracee::{CloneFlags, Site, Stop};
+use crate::tracee::{self, CloneFlags, Site, Stop};
 use crate::{ProcessMemory, TraceError, Tracee, modules};
 use mcr_image::{ModuleMap, Pid, Tid, proto};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -502,10 +503,38 @@ pub fn tids(pid: Pid) -> std::io::Result<Vec<Tid>> {
         .collect())
 }
 
-/// Reaps a dead hidden child in its parent, by a wait4(2) injected in the main thread for some microseconds.
+/// Waits until a process that is being killed is a zombie or gone. `false`: not in time.
+#[must_use]
+pub fn await_end(pid: Pid, limit: Duration) -> bool {
+    let Ok(end) = sys::pidfd_open(pid.0) else { return true };
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(end.as_fd(), PollFlags::POLLIN)], left) {
+            Err(Errno::EINTR) => {}
+            r => return r.is_ok_and(|n| n > 0),
+        }
+    }
+}
+
+/// Reaps a hidden child that is dead or dying in its parent, by a wait4(2) injected in the main thread for some
+/// microseconds. That call never waits: whatever holds the child up must not hold up the server.
 pub fn reap_hidden(pid: Pid, child: Pid) -> Result<(), TraceError> {
+    let patience = Duration::from_secs(2);
+    // A dead tracee is not its parent's before its tracer has reaped it (wait_consider_task, kernel/exit.c).
+    drop(tracee::reap(Tid(child.0), Some(Instant::now() + patience)));
+    if !await_end(child, patience) {
+        return Err(TraceError::Timeout { tid: Tid(child.0) });
+    }
     let mut t = Tracee::seize(pid, Tid(pid.0))?;
-    t.stop(Some(Instant::now() + Duration::from_secs(2)))?;
-    t.syscall(libc::SYS_wait4, &[child.0 as u64, 0, libc::__WALL as u64, 0])?;
-    t.detach()
+    t.stop(Some(Instant::now() + patience))?;
+    let flags = (libc::__WALL | libc::WNOHANG) as u64;
+    let reaped = t.syscall(libc::SYS_wait4, &[child.0 as u64, 0, flags, 0]);
+    t.detach()?;
+    match reaped {
+        // Somebody else traces it.
+        Ok(0) => Err(TraceError::Timeout { tid: Tid(child.0) }),
+        r => r.map(drop),
+    }
 }

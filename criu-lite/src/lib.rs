@@ -19,7 +19,7 @@ mod threads;
 pub mod tracee;
 
 pub use collect::{CollectError, CollectOptions, Collected};
-pub use freeze::{FreezeError, FreezeOptions, Frozen, reap_hidden, tids};
+pub use freeze::{FreezeError, FreezeOptions, Frozen, await_end, reap_hidden, tids};
 pub use memory::ProcessMemory;
 pub use quiesce::{QuiesceError, QuiesceOptions, ThreadState};
 pub use snapshot::own_pages;

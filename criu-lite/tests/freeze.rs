@@ -4,7 +4,9 @@ mod common;
 
 use common::Program;
 
-use mcr_criu_lite::{Call, FreezeError, FreezeOptions, Frozen, QuiesceError, QuiesceOptions};
+use mcr_criu_lite::{
+    Call, FreezeError, FreezeOptions, Frozen, QuiesceError, QuiesceOptions, TraceError, reap_hidden,
+};
 use mcr_image::Pid;
 use std::time::{Duration, Instant};
 
@@ -66,6 +68,36 @@ fn blocked_and_busy_threads_do_not_notice() {
     }
     let out = p.finish_ok();
     assert_eq!(out.trim(), "bad 0 eintr 0");
+}
+
+/// A copy that somebody else killed is a zombie that only its tracer may collect first: a parent that was made to
+/// wait for it would wait for ever, and so would we.
+#[test]
+fn a_copy_killed_from_outside_never_holds_up_its_parent() {
+    let p = Program::start(MANY);
+    let pid = Pid(p.pid());
+    let children = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    for _ in 0..20 {
+        let mut f = seize(pid.0).unwrap();
+        let copy = f.fork_hidden().unwrap();
+        let child = copy.pid();
+        copy.leak();
+        f.thaw().unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.0), nix::sys::signal::Signal::SIGKILL)
+            .unwrap();
+        reap_hidden(pid, child).unwrap();
+        assert_eq!(children(), "");
+    }
+    // One that lives on is told, not waited for.
+    let mut f = seize(pid.0).unwrap();
+    let copy = f.fork_hidden().unwrap();
+    let child = copy.pid();
+    f.thaw().unwrap();
+    assert!(matches!(reap_hidden(pid, child), Err(TraceError::Timeout { tid }) if tid.0 == child.0));
+    copy.kill().unwrap();
+    reap_hidden(pid, child).unwrap();
+    assert_eq!(children(), "");
+    assert_eq!(p.finish_ok().trim(), "bad 0 eintr 0");
 }
 
 /// Threads that make threads that end at once: something is always being born or dying.

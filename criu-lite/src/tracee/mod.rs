@@ -26,6 +26,7 @@ mod site;
 pub use agent::{Agent, Area, Call};
 pub use error::TraceError;
 pub use inject::CloneFlags;
+pub(crate) use ptrace::reap;
 pub use restart::{Blocked, blocked_call};
 pub use scratch::Scratch;
 pub use site::Site;
@@ -408,7 +409,7 @@ impl Tracee {
             // never ends.
             Err(TraceError::Gone { .. } | TraceError::Died { .. }) => {
                 if !reaped {
-                    ptrace::reap(self.tid, Instant::now() + Duration::from_secs(2));
+                    drop(ptrace::reap(self.tid, Some(Instant::now() + Duration::from_secs(2))));
                 }
                 Ok(())
             }
@@ -443,14 +444,7 @@ impl Tracee {
         self.session = None;
         // SAFETY: plain numbers; the pid is our tracee, so it cannot have been reused.
         unsafe { libc::kill(self.pid.0, libc::SIGKILL) };
-        loop {
-            match ptrace::wait(self.tid, None) {
-                Ok(s) if libc::WIFEXITED(s) || libc::WIFSIGNALED(s) => return Ok(()),
-                Ok(_) => {}
-                Err(TraceError::Gone { .. }) => return Ok(()),
-                Err(e) => return Err(e),
-            }
-        }
+        ptrace::reap(self.tid, None)
     }
 
     /// Gives the tracee up without detaching it or killing it: it stays in its stop until the engine ends or

@@ -199,11 +199,15 @@ fn is_dead(tid: Tid, other: i32) -> bool {
     matches!(state, Some(b'Z' | b'X'))
 }
 
-/// Waits for the end of a thread that is being killed.
-pub(super) fn reap(tid: Tid, deadline: Instant) {
-    while let Ok(status) = wait(tid, Some(deadline)) {
-        if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
-            return;
+/// Waits for the end of a thread that is being killed, also when this program was told to stop.
+pub(crate) fn reap(tid: Tid, deadline: Option<Instant>) -> Result<(), TraceError> {
+    loop {
+        match wait(tid, deadline) {
+            Ok(s) if libc::WIFEXITED(s) || libc::WIFSIGNALED(s) => return Ok(()),
+            Err(TraceError::Gone { .. }) => return Ok(()),
+            Ok(_) | Err(TraceError::Interrupted) if deadline.is_none_or(|d| Instant::now() < d) => {}
+            Ok(_) => return Err(TraceError::Timeout { tid }),
+            Err(e) => return Err(e),
         }
     }
 }

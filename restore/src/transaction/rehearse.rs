@@ -10,10 +10,9 @@ use crate::link::{Span, WriteList};
 use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
 use mcr_transform::Prepared;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A booted copy of the old process, and what was found with it.
 pub(super) struct Rehearsal {
@@ -160,11 +159,8 @@ fn reap_dead_copies(frozen: &mut Frozen) -> Result<(), UpdateError> {
 /// The copy dies with its engine, and needs a moment for it.
 fn await_dying_copies(pid: Pid) {
     for child in copies(pid).filter(|c| c.dying) {
-        if let Ok(fd) = crate::sys::pidfd_open(child.pid.0) {
-            let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-            // One that lives on is refused later on.
-            let _ = poll(&mut fds, PollTimeout::from(2000u16));
-        }
+        // One that lives on is refused later on.
+        let _ = mcr_criu_lite::await_end(child.pid, Duration::from_secs(2));
     }
 }
 
