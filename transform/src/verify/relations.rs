@@ -147,8 +147,15 @@ impl Verifier<'_> {
         };
         let in_region =
             |a: u64| self.patch.regions.iter().any(|r| r.start <= a && a < r.start + r.content.len() as u64);
-        for w in self.patch.writes.iter().filter(|w| w.content.len() == 8 && self.convs.at(w.addr).is_none())
-        {
+        let objects = joined(
+            &self.patch.objects.iter().map(|o| o.addr..o.addr + o.size).collect::<Vec<_>>(),
+        );
+        let in_object = |a: u64| {
+            let next = objects.partition_point(|r| r.end <= a);
+            objects.get(next).is_some_and(|r| r.start <= a)
+        };
+        let lone = |w: &&proto::Write| w.content.len() == 8 && self.convs.at(w.addr).is_none();
+        for w in self.patch.writes.iter().filter(lone).filter(|w| !in_object(w.addr)) {
             let (Ok(p), Some(q)) = (self.memory.u64(Addr(w.addr)), word_at(&w.content, 0)) else { continue };
             let Some(c) = self.convs.at(p).map(|n| &self.convs.list[n]) else {
                 return wrong(w.addr, p, format!("{q:#x}"), "which stays where it is");
@@ -170,7 +177,8 @@ impl Verifier<'_> {
                 continue;
             };
             let at = a + offset;
-            if self.convs.at(at).is_some() || in_region(at) {
+            // Also where an object grows in its block: what was behind its end is nobody's.
+            if self.convs.at(at).is_some() || in_region(at) || in_object(at) {
                 continue; // compared where its type is known
             }
             let Ok(p) = self.memory.u64(Addr(at)) else { continue };

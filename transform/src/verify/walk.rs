@@ -229,15 +229,17 @@ impl<'v, 'a> Walk<'v, 'a> {
         if size == 0 || self.v.prepared.layouts.of(element).slots.is_empty() {
             return;
         }
-        let room = match self.v.space.spot(old) {
+        // A pointer into the middle of a block leads to one element: its array was reached at its beginning, and
+        // a pool would be read once from each of its objects to its end.
+        let (room, first) = match self.v.space.spot(old) {
             Spot::Chunk(i) => {
                 let c = &self.v.space.heap.chunks[i];
                 if !c.state.in_use() {
                     return;
                 }
-                c.end().0 - old
+                (c.end().0 - old, c.addr.0 == old)
             }
-            Spot::Other => size,
+            Spot::Other => (size, true),
             _ => return,
         };
         // The C library's streams are joined with new's.
@@ -257,6 +259,7 @@ impl<'v, 'a> Walk<'v, 'a> {
             (_, Some(n)) => n.min(room / size),
             (Some(c), _) if c.old_addr == old && c.old_ty == element => c.count,
             (Some(_), _) => 1,
+            _ if !first => 1,
             _ if matches!(m.strip(element), Type::Pointer(_)) => room / size,
             _ if room % size < SLACK => room / size,
             _ => 1,
