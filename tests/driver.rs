@@ -7,6 +7,7 @@ mod bad_input;
 mod house;
 mod in_place;
 mod kv_update;
+mod memcached_update;
 mod net_move;
 mod redis_update;
 mod restore_plain;
@@ -53,6 +54,7 @@ fn main() {
     cases.extend(trial::cases());
     cases.extend(bad_input::cases());
     cases.extend(redis_update::cases(args.list));
+    cases.extend(memcached_update::cases(args.list));
     // SAFETY: geteuid(2) cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
     let trials = cases

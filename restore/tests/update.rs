@@ -180,6 +180,36 @@ fn descriptors_that_old_was_started_with_shift_nothing() {
     grows_by_one(&[(3, n), (4, n), (5, w), (6, w), (8, p), (9, n), (30, w)], "0");
 }
 
+/// The ends of pipes and pairs that the new version makes meet those of the old one, although what the old one was
+/// started with lies in between.
+#[test]
+fn pipes_stay_together_whatever_old_was_started_with() {
+    let program = build_source("boot_server.c", "pipes", &["-DPIPES"]);
+    let again = build_source("boot_server.c", "pipes-again", &["-DPIPES", "-DAGAIN"]);
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
+    let n = null.as_raw_fd();
+    let sets: [&[i32]; 7] = [&[], &[3], &[4], &[3, 4], &[5, 6, 8], &[3, 6, 10], &[4, 5, 7, 9, 11, 30]];
+    for inherited in sets {
+        let given: Vec<_> = inherited.iter().map(|i| (*i, n)).collect();
+        let server = Server::start_with(&program, &["PORT"], &given);
+        let mut a = server.connect();
+        assert_eq!(a.ask("PING"), "PONG");
+        // Two pairs, the listener and this connection: Server::start has closed its own.
+        let ours = support::links(Pid(std::process::id() as i32));
+        let own = |l: &String| l.starts_with("socket:") && !ours.values().any(|o| o == l);
+        let before = support::eventually(|| {
+            Some(support::links(server.pid())).filter(|l| l.values().filter(|l| own(l)).count() == 6)
+        });
+        for (new_pid, to) in [(false, &again), (true, &program)] {
+            let o = UpdateOptions { new_pid, ..options() };
+            let r = update(server.pid(), to, &o).unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
+            let _new = new_pid.then(|| support::Reaper(r.pid));
+            assert_eq!(a.ask("PING"), "PONG", "{inherited:?}");
+            assert_eq!(support::links(r.pid), before, "{inherited:?}");
+        }
+    }
+}
+
 #[test]
 fn a_taken_number_is_refused() {
     let e = rolls_back(&build_source("boot_server.c", "over", &["-DOVER"]));

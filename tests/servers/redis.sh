@@ -5,8 +5,8 @@
 set -eu
 cache=$1
 mkdir -p "$cache"
+. "$(dirname "$0")/source.sh"
 cd "$cache"
-skip() { echo "$*" >&2; exit 77; }
 have() { ls -d "$cache"/redis-*/src/redis-server 2>/dev/null || true; }
 report() {
 	for s in $(have); do
@@ -18,29 +18,7 @@ if [ "$(have | wc -l)" -ge 2 ]; then report; exit 0; fi
 exec 9>"$cache/lock"
 command -v flock >/dev/null && flock 9
 if [ "$(have | wc -l)" -ge 2 ]; then report; exit 0; fi
-for tool in apt-get make g++ tar; do command -v $tool >/dev/null || skip "no $tool to fetch or build Redis with"; done
-# The mirror and the key are the ones this machine already uses.
-mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
-	awk '/^URIs:/ { print $2; exit } /^deb / { for (i = 2; i <= NF; i++) if ($i ~ /^[a-z+]+:\/\//) { print $i; exit } }')
-[ -n "$mirror" ] || skip "no Debian mirror configured in /etc/apt"
-key=$(ls /usr/share/keyrings/debian-archive-keyring.* 2>/dev/null | head -n 1)
-[ -n "$key" ] || skip "no debian-archive-keyring"
-mkdir -p apt/parts apt/lists/partial apt/cache/archives/partial
-printf 'Types: deb-src\nURIs: %s\nSuites: trixie sid\nComponents: main\nSigned-By: %s\n' "$mirror" "$key" >apt/parts/src.sources
-cat >apt/apt.conf <<EOF
-Dir::Etc::sourcelist "/dev/null";
-Dir::Etc::sourceparts "$cache/apt/parts";
-Dir::State::lists "$cache/apt/lists";
-Dir::Cache "$cache/apt/cache";
-EOF
-APT_CONFIG=$cache/apt/apt.conf
-export APT_CONFIG
-apt-get update >apt/update.log 2>&1 || skip "apt-get update failed: $(tail -n 1 apt/update.log)"
-versions=$(apt-cache showsrc redis 2>/dev/null | awk '/^Version:/ { print $2 }' | sort -u)
-[ -n "$versions" ] || skip "the mirror lists no redis source package"
-for v in $versions; do
-	apt-get source --download-only "redis=$v" >apt/source.log 2>&1 || echo "redis $v: $(tail -n 1 apt/source.log)" >&2
-done
+fetch redis "trixie sid"
 for tar in redis_*.orig.tar.gz; do
 	[ -e "$tar" ] || skip "no redis source could be fetched"
 	v=${tar#redis_}

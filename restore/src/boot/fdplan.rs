@@ -8,9 +8,22 @@ use std::collections::{BTreeMap, BTreeSet};
 /// What a descriptor refers to, as far as matching needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    File { dev: u64, ino: u64 },
-    Pipe { write_end: bool },
-    Socket { family: i32, kind: i32, connected: bool },
+    File {
+        dev: u64,
+        ino: u64,
+    },
+    Pipe {
+        write_end: bool,
+    },
+    Socket {
+        family: i32,
+        kind: i32,
+        connected: bool,
+    },
+    /// An end of a socketpair(2) whose other end is in the same process.
+    Pair {
+        kind: i32,
+    },
     Epoll,
     EventFd,
     TimerFd,
@@ -140,6 +153,20 @@ fn inherited(fds: &[proto::Fd]) -> BTreeSet<i32> {
         .collect()
 }
 
+/// Ends of the process's own socket pairs: connected to each other, and neither has a name.
+fn pairs(fds: &[proto::Fd]) -> Vec<(i32, i32)> {
+    let unnamed = || {
+        fds.iter().filter_map(|f| match &f.object {
+            Some(Object::Unix(u)) if u.state == UNIX_CONNECTED && u.address.is_empty() => Some((f.number, u)),
+            _ => None,
+        })
+    };
+    unnamed()
+        .filter(|(_, u)| unnamed().any(|(_, o)| o.ino == u.peer_ino && o.peer_ino == u.ino))
+        .map(|(n, u)| (n as i32, u.r#type as i32))
+        .collect()
+}
+
 /// Whether a fresh object may sit at an old one's number, to be replaced by it at the end.
 fn fits(new: &Kind, old: &Kind) -> bool {
     match (new, old) {
@@ -178,7 +205,10 @@ pub(super) struct Settled {
 
 impl FdPlan {
     pub(super) fn new(fds: &[proto::Fd]) -> Self {
-        let old: BTreeMap<i32, OldFd> = fds.iter().map(|f| (f.number as i32, old_fd(f))).collect();
+        let mut old: BTreeMap<i32, OldFd> = fds.iter().map(|f| (f.number as i32, old_fd(f))).collect();
+        for (number, kind) in pairs(fds) {
+            old.entry(number).and_modify(|o| o.kind = Kind::Pair { kind });
+        }
         let above = old.keys().next_back().map_or(3, |n| n + 1).max(3);
         Self { old, bound: BTreeMap::new(), inherited: inherited(fds), above }
     }
@@ -204,6 +234,26 @@ impl FdPlan {
             Some(o) if !fits(kind, &o.kind) => Some(self.above),
             _ => (number != natural).then_some(number),
         }
+    }
+
+    /// Where the second of two fresh objects has to move whose first the kernel put at `first`, a number that old was
+    /// started with: the next one free behind those. It must be out of the way while the first one moves.
+    pub(super) fn second(&self, first: i32, kind: &Kind, taken: impl Fn(i32) -> bool) -> i32 {
+        let free = (first..).find(|n| !self.inherited.contains(n) && !taken(*n)).unwrap_or(self.above);
+        match self.old.get(&free) {
+            Some(o) if !fits(kind, &o.kind) => self.above,
+            _ => free,
+        }
+    }
+
+    /// First number above all of old's.
+    pub(super) fn above(&self) -> i32 {
+        self.above
+    }
+
+    /// Whether old may have been started with this number.
+    pub(super) fn is_inherited(&self, number: i32) -> bool {
+        self.inherited.contains(&number)
     }
 
     /// The old socket for a bind to `addr`, preferring the same number; remembers the match.

@@ -6,6 +6,8 @@ use mcr_criu_lite::ProcessMemory;
 use mcr_criu_lite::procfs::maps::{self, MapsLine};
 use mcr_image::{Addr, Memory, Pid, Regs, Tid, proto};
 use nix::errno::Errno;
+use nix::sys::socket::{UnixAddr, getpeername, getsockname};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -167,12 +169,16 @@ impl Host {
         format!("/proc/{}/fd/{fd}", self.pid).into()
     }
 
-    /// Family and type of a socket of the host.
-    pub(super) fn socket_kind(&self, fd: i32) -> Result<(i32, i32)> {
+    /// Family and type of a socket of the host, and whether it is an end of a socketpair(2).
+    pub(super) fn socket_kind(&self, fd: i32) -> Result<(i32, i32, bool)> {
         let ask = || {
             let s = ptrace::duplicate_fd(self.pid.0, fd)?;
             let family = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
-            Ok((family, ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_TYPE)?))
+            let kind = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_TYPE)?;
+            let unnamed = |a: nix::Result<UnixAddr>| a.is_ok_and(|a| a.is_unnamed());
+            let fd = s.as_raw_fd();
+            let pair = family == libc::AF_UNIX && unnamed(getsockname(fd)) && unnamed(getpeername(fd));
+            Ok((family, kind, pair))
         };
         ask().map_err(|e| BootError::step(format!("looking at descriptor {fd} of the new version"), e))
     }

@@ -147,9 +147,7 @@ impl Verifier<'_> {
         };
         let in_region =
             |a: u64| self.patch.regions.iter().any(|r| r.start <= a && a < r.start + r.content.len() as u64);
-        let objects = joined(
-            &self.patch.objects.iter().map(|o| o.addr..o.addr + o.size).collect::<Vec<_>>(),
-        );
+        let objects = joined(&self.patch.objects.iter().map(|o| o.addr..o.addr + o.size).collect::<Vec<_>>());
         let in_object = |a: u64| {
             let next = objects.partition_point(|r| r.end <= a);
             objects.get(next).is_some_and(|r| r.start <= a)

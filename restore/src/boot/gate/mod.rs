@@ -181,11 +181,10 @@ impl<'a> Gate<'a> {
                 self.new_fd(host, call.tid, result as i32, *cloexec).map(Some)
             }
             After::TwoFds { at, cloexec } if result >= 0 => {
-                for i in 0..2 {
-                    let place = at.add(i * 4);
-                    let fd = host.mem.u32(place)? as i32;
-                    let moved = self.new_fd(host, call.tid, fd, *cloexec)?;
-                    host.mem.write(place, &(moved as u32).to_le_bytes())?;
+                let natural = [host.mem.u32(*at)? as i32, host.mem.u32(at.add(4))? as i32];
+                let moved = self.two_fds(host, call.tid, natural, *cloexec)?;
+                for (i, fd) in moved.into_iter().enumerate() {
+                    host.mem.write(at.add(i as u64 * 4), &(fd as u32).to_le_bytes())?;
                 }
                 Ok(None)
             }
@@ -267,12 +266,35 @@ impl<'a> Gate<'a> {
         let Some(above) = self.fds.relocation(fd, &kind, |n| host.fd_link(n).is_some()) else {
             return Ok(fd.into());
         };
-        let cmd = if cloexec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
-        let moved =
-            host.call(tid, "fcntl(F_DUPFD)", libc::SYS_fcntl, &[fd as u64, cmd as u64, above as u64])?;
-        host.call(tid, "close", libc::SYS_close, &[fd as u64])?;
-        Ok(moved as i64)
+        move_fd(host, tid, fd, above, cloexec)
     }
+
+    /// The two ends of a fresh pipe or pair.
+    fn two_fds(
+        &mut self,
+        host: &Host,
+        tid: Tid,
+        [first, second]: [i32; 2],
+        cloexec: bool,
+    ) -> Result<[i64; 2]> {
+        if !self.fds.is_inherited(first) {
+            return Ok([self.new_fd(host, tid, first, cloexec)?, self.new_fd(host, tid, second, cloexec)?]);
+        }
+        // The kernel may have put the second one where the first one belongs.
+        let aside = move_fd(host, tid, second, self.fds.above() + 1, cloexec)? as i32;
+        let moved = self.new_fd(host, tid, first, cloexec)?;
+        let Some((kind, _)) = kind_of(host, aside) else { return Ok([moved, aside.into()]) };
+        let place = self.fds.second(first, &kind, |n| host.fd_link(n).is_some());
+        Ok([moved, move_fd(host, tid, aside, place, cloexec)?])
+    }
+}
+
+/// To the first free number from `to` on.
+fn move_fd(host: &Host, tid: Tid, fd: i32, to: i32, cloexec: bool) -> Result<i64> {
+    let cmd = if cloexec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
+    let moved = host.call(tid, "fcntl(F_DUPFD)", libc::SYS_fcntl, &[fd as u64, cmd as u64, to as u64])?;
+    host.call(tid, "close", libc::SYS_close, &[fd as u64])?;
+    Ok(moved as i64)
 }
 
 /// What a descriptor of the host is, and how /proc shows it.
@@ -287,7 +309,8 @@ pub(super) fn kind_of(host: &Host, fd: i32) -> Option<(Kind, String)> {
             Kind::Pipe { write_end: crate::fds::open_flags(host.pid.0, fd) & 3 == libc::O_WRONLY }
         }
         l if l.starts_with("socket:") => match host.socket_kind(fd) {
-            Ok((family, kind)) => Kind::Socket { family, kind, connected: false },
+            Ok((_, kind, true)) => Kind::Pair { kind },
+            Ok((family, kind, false)) => Kind::Socket { family, kind, connected: false },
             Err(_) => Kind::Other,
         },
         l if l.starts_with("anon_inode:") => Kind::Other,

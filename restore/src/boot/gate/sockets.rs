@@ -51,7 +51,7 @@ impl Gate<'_> {
         if !matches!(family, libc::AF_INET | libc::AF_INET6 | libc::AF_UNIX) {
             return Ok(None);
         }
-        let Ok((_, kind)) = host.socket_kind(call.fd(0)) else {
+        let Ok((_, kind, _)) = host.socket_kind(call.fd(0)) else {
             return Ok(None);
         };
         let shown = fdplan::describe(&addr);
