@@ -65,8 +65,12 @@ fn main() {
                 Some(r) => format!("{} [skipped: {r}]", c.name),
                 None => c.name,
             };
-            let run = c.run;
-            Trial::test(name, move || run().map_err(Failed::from)).with_ignored_flag(reason.is_some())
+            let (run, what) = (c.run, name.clone());
+            let watched = move || {
+                let _limit = support::limit::Limit::new(&what);
+                run().map_err(Failed::from)
+            };
+            Trial::test(name, watched).with_ignored_flag(reason.is_some())
         })
         .collect();
     libtest_mimic::run(&args, trials).exit();

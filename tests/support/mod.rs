@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod kv;
+pub mod limit;
 pub mod redis;
 
 use std::io::{BufRead, BufReader, Read};
