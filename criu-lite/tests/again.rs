@@ -7,20 +7,28 @@ use mcr_criu_lite::{CollectOptions, Collected, FreezeOptions, Frozen, QuiesceOpt
 use mcr_image::Pid;
 use mcr_image::proto::fd::Object;
 
-/// Three sockets; at the first byte of input one of them becomes another socket, one a pipe and one close-on-exec.
+/// Three sockets and as many more as there are in `MORE`, with an epoll on one; at the first byte of input one of them
+/// becomes another socket, one a pipe and one close-on-exec.
 const SOCKETS: &str = r#"
 #include <fcntl.h>
+#include <sys/epoll.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <unistd.h>
 int main(void) {
     int s[3], p[2]; char b;
+    struct epoll_event e = { EPOLLIN, { .u64 = 0x1234 } };
+    dup2(epoll_create1(0), 40);
+    for (int i = 0; i < MORE; i++) dup2(socket(AF_INET, SOCK_STREAM, 0), 200 + i);
     for (int i = 0; i < 3; i++) { s[i] = socket(AF_INET, SOCK_STREAM, 0); dup2(s[i], 50 + i); close(s[i]); }
+    epoll_ctl(40, EPOLL_CTL_ADD, 52, &e);
     puts("ready"); fflush(stdout);
     if (read(0, &b, 1) != 1) return 1;
     s[0] = socket(AF_UNIX, SOCK_STREAM, 0); dup2(s[0], 50); close(s[0]);
     pipe(p); dup2(p[0], 51);
     fcntl(52, F_SETFD, FD_CLOEXEC);
+    e.data.u64 = 0x5678; epoll_ctl(40, EPOLL_CTL_MOD, 52, &e);
+    close(200);
     puts("changed"); fflush(stdout);
     return read(0, &b, 1) < 0;
 }
@@ -36,7 +44,16 @@ fn collect(p: &Program, options: &CollectOptions<'_>) -> Collected {
 
 #[test]
 fn only_a_socket_that_is_still_the_same_is_not_asked_again() {
-    let mut p = Program::start(SOCKETS);
+    again(0);
+}
+
+#[test]
+fn of_many_sockets_only_one_that_is_still_the_same_is_not_asked_again() {
+    again(100);
+}
+
+fn again(more: u32) {
+    let mut p = Program::start(&format!("#define MORE {more}\n{SOCKETS}"));
     p.wait_blocked(p.pid(), libc::SYS_read);
     let mut first = collect(&p, &CollectOptions::live());
     // To be told from what is asked anew.
@@ -46,7 +63,7 @@ fn only_a_socket_that_is_still_the_same_is_not_asked_again() {
     let again = CollectOptions { known: &first.process.fds, ..CollectOptions::live() };
     let same = collect(&p, &again);
     let of = |c: &Collected, n: u32| c.process.fds.iter().find(|f| f.number == n).cloned().unwrap();
-    for n in 50..53 {
+    for n in (50..53).chain(200..200 + more) {
         assert_eq!(of(&same, n).flags & 0x4000_0000, 0x4000_0000, "{n}");
         assert!(!same.fds.contains_key(&n), "{n} was duplicated");
         assert_eq!(of(&same, n).object, of(&first, n).object);
@@ -62,4 +79,13 @@ fn only_a_socket_that_is_still_the_same_is_not_asked_again() {
     assert!(then.fds.contains_key(&50) && then.fds.contains_key(&51));
     assert_eq!(of(&then, 52).flags & 0x4000_0000, 0x4000_0000);
     assert!(of(&then, 52).cloexec && !of(&first, 52).cloexec);
+    let data = |c: &Collected| match of(c, 40).object {
+        Some(Object::Epoll(e)) => e.watches.iter().map(|w| (w.fd, w.data)).collect::<Vec<_>>(),
+        o => panic!("{o:?}"),
+    };
+    assert_eq!((data(&same), data(&then)), (vec![(52, 0x1234)], vec![(52, 0x5678)]));
+    assert!(more == 0 || !then.process.fds.iter().any(|f| f.number == 200), "closed since");
+    let numbers = |c: &Collected| c.process.fds.iter().map(|f| f.number).collect::<Vec<_>>();
+    assert_eq!(numbers(&first), numbers(&same));
+    assert!(numbers(&then).is_sorted());
 }

@@ -7,6 +7,7 @@ mod file;
 mod pipe;
 mod process;
 mod signalfd;
+mod table;
 mod tcp;
 mod timerfd;
 mod timers;
@@ -19,7 +20,7 @@ use crate::quiesce::ThreadState;
 use crate::tracee::{Area, Call};
 use crate::{Frozen, TraceError, sys};
 use mcr_image::proto::{self, fd::Object};
-use mcr_image::{Addr, Memory, ModuleMap, Pid, Tid};
+use mcr_image::{Addr, FastMap, Memory, ModuleMap, Pid, Tid};
 use nix::errno::Errno;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -101,7 +102,9 @@ pub(crate) struct Inside<'a> {
 }
 
 /// Calls that are executed in one go.
-const BATCH: usize = 256;
+const BATCH: usize = 2048;
+/// Bytes that they may use.
+const DATA: usize = 256 << 10;
 
 impl Inside<'_> {
     /// Executes system calls in a thread of the target: (number, arguments) → raw result.
@@ -114,7 +117,12 @@ impl Inside<'_> {
         t.run_agent(&self.area, &mut batch)?;
         Ok(batch.iter().map(|c| c.result).collect())
     }
-    /// A writable page in the target that the calls may use.
+    /// Many calls cost little more than one.
+    fn in_batches(&mut self, tid: Tid) -> Result<bool, TraceError> {
+        let t = self.frozen.thread(tid).ok_or(TraceError::Gone { tid })?;
+        t.runs_agent(&self.area)
+    }
+    /// Writable memory in the target that the calls may use.
     pub(crate) fn page(&self) -> Addr {
         self.area.data()
     }
@@ -174,7 +182,7 @@ impl Frozen {
         let vmas = self.vmas().map_err(io("its mappings", "reading"))?;
         let memory = self.memory().clone();
         self.share_site().map_err(trace)?;
-        let area = self.leader().map_agent(BATCH, 4096).map_err(trace)?;
+        let area = self.leader().map_agent(BATCH, DATA as u64).map_err(trace)?;
         let pidfd = self.pidfd().try_clone_to_owned().map_err(io("its pidfd", "dup"))?;
         let view =
             View { pid, pidfd: pidfd.as_fd(), memory: memory.as_ref(), modules: &modules, vmas: &vmas };
@@ -320,19 +328,32 @@ fn descriptors(
     inside: &mut Inside<'_>,
     options: &CollectOptions<'_>,
 ) -> Result<(Vec<proto::Fd>, HashMap<u32, OwnedFd>), CollectError> {
-    let dir = view.proc("fd");
-    let name = dir.display().to_string();
-    let mut numbers: Vec<u32> = std::fs::read_dir(&dir)
-        .map_err(view.io(&name, "readdir"))?
-        .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
-        .collect();
-    numbers.sort_unstable();
-    let known = Before::new(view, options.known)?;
-    let again: Vec<Option<&proto::Fd>> = numbers.iter().map(|n| known.get(*n)).collect();
-    raise_limit(again.iter().filter(|k| k.is_none()).count());
+    let known = Before::new(options.known);
+    if known.sockets.len() < MANY {
+        let numbers = known.listed(view)?;
+        return look(view, inside, options, numbers, &FastMap::default());
+    }
+    // The kernel writes a line for each watch: meanwhile the process is asked about its sockets.
+    std::thread::scope(|s| {
+        let epolls = s.spawn(|| epolls(view, options.known));
+        let numbers = known.asked(view, inside)?;
+        let infos = epolls.join().unwrap_or_default();
+        look(view, inside, options, numbers, &infos)
+    })
+}
+
+/// Looks at each descriptor. `infos`: what was read of some meanwhile.
+fn look(
+    view: &View<'_>,
+    inside: &mut Inside<'_>,
+    options: &CollectOptions<'_>,
+    numbers: Vec<Number<'_>>,
+    infos: &FastMap<u32, FdInfo>,
+) -> Result<(Vec<proto::Fd>, HashMap<u32, OwnedFd>), CollectError> {
+    raise_limit(numbers.iter().filter(|n| n.known.is_none()).count());
     let mut opened = Vec::with_capacity(numbers.len());
     let failed = |number: u32, call| move |e| view.errno(&format!("descriptor {number}"), call)(e);
-    for (&number, known) in numbers.iter().zip(&again) {
+    for &Number { number, known, .. } in &numbers {
         if let Some(k) = known {
             opened.push(Seen::Known(k));
             continue;
@@ -341,18 +362,20 @@ fn descriptors(
         let stat = nix::sys::stat::fstat(&dup).map_err(failed(number, "fstat"))?;
         opened.push(Seen::Open(dup, stat));
     }
+    let both = numbers.iter().zip(&opened);
     let sockets: Vec<u32> =
-        numbers.iter().zip(&opened).filter(|(_, o)| o.is_socket()).map(|(n, _)| *n).collect();
+        both.filter(|(n, o)| n.cloexec.is_none() && o.is_socket()).map(|(n, _)| n.number).collect();
     let mut cloexec = cloexec(view, inside, &sockets)?.into_iter();
     let net = NetTables { options: options.socket_options, ..NetTables::default() };
     let mut out = Vec::with_capacity(numbers.len());
     let mut dups = HashMap::with_capacity(numbers.len());
-    for (number, seen) in numbers.into_iter().zip(opened) {
+    for (Number { number, cloexec: told, .. }, seen) in numbers.into_iter().zip(opened) {
         let socket = seen.is_socket();
+        let mut close = || told.or_else(|| cloexec.next()) == Some(true);
         let (dup, stat) = match seen {
             Seen::Open(dup, stat) => (dup, stat),
             Seen::Known(k) => {
-                out.push(proto::Fd { cloexec: cloexec.next() == Some(true), ..k.clone() });
+                out.push(proto::Fd { cloexec: close(), ..k.clone() });
                 continue;
             }
         };
@@ -360,13 +383,15 @@ fn descriptors(
             // What fdinfo and the link would say: two files of /proc less for each of thousands of connections.
             let flags = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETFL)
                 .map_err(failed(number, "fcntl F_GETFL"))?;
-            let close = if cloexec.next() == Some(true) { libc::O_CLOEXEC } else { 0 };
+            let close = if close() { libc::O_CLOEXEC } else { 0 };
             let flags = (flags & !libc::O_CLOEXEC | close) as u32;
             (FdInfo { flags, ..FdInfo::default() }, format!("socket:[{}]", stat.st_ino).into_bytes())
         } else {
             let label = format!("descriptor {number}");
-            let path = view.proc(&format!("fdinfo/{number}"));
-            let info = FdInfo::parse(&std::fs::read(path).map_err(view.io(&label, "reading fdinfo"))?);
+            let info = match infos.get(&number) {
+                Some(i) => i.clone(),
+                None => fdinfo(view, number).map_err(view.io(&label, "reading fdinfo"))?,
+            };
             (info, view.link(&format!("fd/{number}"))?)
         };
         let open = Open { number, info, link, stat, dup: &dup };
@@ -386,6 +411,16 @@ fn descriptors(
     Ok((out, dups))
 }
 
+fn fdinfo(view: &View<'_>, number: u32) -> std::io::Result<FdInfo> {
+    Ok(FdInfo::parse(&std::fs::read(view.proc(&format!("fdinfo/{number}")))?))
+}
+
+/// What there is to say of the descriptors that were epolls before. One that cannot be read is asked for again.
+fn epolls(view: &View<'_>, known: &[proto::Fd]) -> FastMap<u32, FdInfo> {
+    let epoll = |f: &&proto::Fd| matches!(f.object, Some(Object::Epoll(_)));
+    known.iter().filter(epoll).filter_map(|f| Some((f.number, fdinfo(view, f.number).ok()?))).collect()
+}
+
 /// A descriptor that was looked at, or one of those that need not be.
 enum Seen<'a> {
     Open(OwnedFd, nix::sys::stat::FileStat),
@@ -402,32 +437,68 @@ impl Seen<'_> {
     }
 }
 
-/// Sockets that were collected before, and where to see whether they are still the same.
-struct Before<'a> {
-    dir: Option<OwnedFd>,
-    sockets: HashMap<u32, &'a proto::Fd>,
+/// An open descriptor that is to be looked at.
+struct Number<'a> {
+    number: u32,
+    /// What was collected of it, if it is the same socket still.
+    known: Option<&'a proto::Fd>,
+    /// Whether an execve(2) closes it, where that is known already.
+    cloexec: Option<bool>,
 }
 
+/// Sockets that were collected before: their inode numbers, and what was found.
+struct Before<'a> {
+    sockets: FastMap<u32, (u64, &'a proto::Fd)>,
+}
+
+/// From so many sockets on the process is asked about them.
+const MANY: usize = 32;
+
 impl<'a> Before<'a> {
-    fn new(view: &View<'_>, known: &'a [proto::Fd]) -> Result<Self, CollectError> {
-        let is_socket = |f: &&proto::Fd| {
+    fn new(known: &'a [proto::Fd]) -> Self {
+        let socket = |f: &'a proto::Fd| {
             let kind = matches!(f.object, Some(Object::Tcp(_) | Object::Udp(_) | Object::Unix(_)));
-            kind && f.link.starts_with("socket:[")
+            let inode = f.link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()?;
+            kind.then_some((f.number, (inode, f)))
         };
-        let sockets: HashMap<_, _> = known.iter().filter(is_socket).map(|f| (f.number, f)).collect();
-        if sockets.is_empty() {
-            return Ok(Self { dir: None, sockets });
-        }
-        let path = view.proc("fd");
-        let dir = std::fs::File::open(&path).map_err(view.io(&path.display().to_string(), "open"))?;
-        Ok(Self { dir: Some(dir.into()), sockets })
+        Self { sockets: known.iter().filter_map(socket).collect() }
     }
 
-    /// What was collected of `number`, if that is the same socket still: no two have an inode number at once.
-    fn get(&self, number: u32) -> Option<&'a proto::Fd> {
-        let (dir, known) = (self.dir.as_ref()?, self.sockets.get(&number)?);
-        let link = nix::fcntl::readlinkat(dir, number.to_string().as_str()).ok()?;
-        (link.as_encoded_bytes() == known.link.as_bytes()).then_some(*known)
+    /// The same socket still, if `inode` is its number: no two have one at once.
+    fn get(&self, number: u32, inode: Option<u64>) -> Option<&'a proto::Fd> {
+        self.sockets.get(&number).filter(|s| inode == Some(s.0)).map(|s| s.1)
+    }
+
+    /// All open descriptors, asked for inside the process where that is quicker.
+    fn asked(&self, view: &View<'_>, inside: &mut Inside<'_>) -> Result<Vec<Number<'a>>, CollectError> {
+        let Some(entries) = table::read(view, inside, &|n| self.sockets.contains_key(&n))? else {
+            return self.listed(view);
+        };
+        let number = |e: &table::Entry| Number {
+            number: e.number,
+            known: self.get(e.number, e.socket),
+            cloexec: Some(e.cloexec),
+        };
+        Ok(entries.iter().map(number).collect())
+    }
+
+    /// All open descriptors, as /proc lists them.
+    fn listed(&self, view: &View<'_>) -> Result<Vec<Number<'a>>, CollectError> {
+        let path = view.proc("fd");
+        let name = path.display().to_string();
+        let mut numbers: Vec<u32> = std::fs::read_dir(&path)
+            .map_err(view.io(&name, "readdir"))?
+            .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        let dir = std::fs::File::open(&path).map_err(view.io(&name, "open"))?;
+        let inode = |number: u32| {
+            self.sockets.get(&number)?;
+            let link = nix::fcntl::readlinkat(&dir, number.to_string().as_str()).ok()?;
+            link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+        };
+        let number = |number: u32| Number { number, known: self.get(number, inode(number)), cloexec: None };
+        Ok(numbers.into_iter().map(number).collect())
     }
 }
 
@@ -515,23 +586,26 @@ impl NetTables {
 /// Gives descriptors of one open file description the same `ofd`. kcmp(2) only among candidates that look alike,
 /// and by its order: a thousand timers look alike.
 fn share(pid: Pid, fds: &mut [proto::Fd]) {
-    let mut groups: HashMap<(String, u32, i64), Vec<usize>> = HashMap::new();
+    let mut groups: FastMap<(&str, u32, i64), Vec<usize>> = FastMap::default();
+    let mut ofds: Vec<u32> = Vec::with_capacity(fds.len());
     let mut next = 0;
-    for i in 0..fds.len() {
-        let key = (fds[i].link.clone(), fds[i].flags, fds[i].pos);
-        let peers = groups.entry(key).or_default();
-        let (number, is) = (fds[i].number as i32, |n: &usize| fds[*n].number as i32);
+    for (i, fd) in fds.iter().enumerate() {
+        let peers = groups.entry((&fd.link, fd.flags, fd.pos)).or_default();
+        let (number, is) = (fd.number as i32, |n: &usize| fds[*n].number as i32);
         let found = peers.binary_search_by(|j| {
             sys::kcmp_file(pid.0, is(j), pid.0, number).unwrap_or(std::cmp::Ordering::Less)
         });
         match found {
-            Ok(at) => fds[i].ofd = fds[peers[at]].ofd,
+            Ok(at) => ofds.push(ofds[peers[at]]),
             Err(at) => {
-                fds[i].ofd = next;
+                ofds.push(next);
                 next += 1;
                 peers.insert(at, i);
             }
         }
+    }
+    for (fd, ofd) in fds.iter_mut().zip(ofds) {
+        fd.ofd = ofd;
     }
 }
 

@@ -220,25 +220,37 @@ impl Tracee {
         self.syscall(libc::SYS_munmap, &[area.code.0, area.len]).map(drop)
     }
 
+    /// Whether [`Self::run_agent`] executes many calls at the cost of one.
+    pub fn runs_agent(&mut self, area: &Area) -> Result<bool, TraceError> {
+        self.begin()?;
+        Ok(self.end_signal(area)?.is_some())
+    }
+
+    /// The signal that says that the blob is done; 0: a breakpoint does.
+    fn end_signal(&mut self, area: &Area) -> Result<Option<i32>, TraceError> {
+        if self.kind == Kind::Disposable {
+            return Ok(Some(0));
+        }
+        let free = area.quiet & !self.sigmask()?;
+        Ok((free != 0 && self.has_way_back()).then(|| free.trailing_zeros() as i32 + 1))
+    }
+
     /// Executes the calls in order and fills in their results. A failed call does not end the batch.
     pub fn run_agent(&mut self, area: &Area, calls: &mut [Call]) -> Result<(), TraceError> {
         self.begin()?;
-        let signal = match self.kind {
-            Kind::Disposable => 0,
-            Kind::Attached => {
-                let free = area.quiet & !self.sigmask()?;
-                if free == 0 || !self.has_way_back() || calls.len() < 2 {
-                    return self.one_by_one(calls);
-                }
-                free.trailing_zeros() as i32 + 1
-            }
+        let signal = match self.end_signal(area)? {
+            Some(signal) if signal == 0 || calls.len() > 1 => signal,
+            _ => return self.one_by_one(calls),
         };
         for part in calls.chunks_mut(area.capacity) {
-            let bytes: Vec<u8> = part
-                .iter()
-                .flat_map(|c| [c.nr as u64].into_iter().chain(c.args).chain([0]))
-                .flat_map(u64::to_le_bytes)
-                .collect();
+            let mut bytes = Vec::with_capacity(part.len() * 64);
+            for c in &*part {
+                bytes.extend_from_slice(&c.nr.to_le_bytes());
+                for a in c.args {
+                    bytes.extend_from_slice(&a.to_le_bytes());
+                }
+                bytes.extend_from_slice(&[0; 8]);
+            }
             self.mem.write(area.table(), &bytes).map_err(self.mem_error())?;
             let mut regs = self.base();
             (regs.rip, regs.r12, regs.r13, regs.r14) =
