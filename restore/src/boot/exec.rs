@@ -442,12 +442,16 @@ impl Exec<'_, '_> {
                 "exe-link",
                 proto::Severity::Warning,
                 format!("/proc/PID/exe still names the old program ({e})"),
-                "give the engine CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE over the server's user",
+                EXE_LINK,
             ));
         }
         Ok(mm)
     }
 }
+
+/// What a link to the old program means (prctl(2), PR_SET_MM_EXE_FILE; kernel/sys.c, prctl_set_mm_map).
+pub(crate) const EXE_LINK: &str = "nothing is wrong with the server, but tools that look at the link are misled; only a \
+    server that has CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN itself can change it";
 
 /// What PR_SET_MM_MAP is told about a program (prctl(2), struct prctl_mm_map).
 #[derive(Clone, Debug, Default)]

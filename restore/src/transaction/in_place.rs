@@ -272,7 +272,7 @@ fn afterwards(plan: &commit::CommitPlan, done: &commit::Outcome, exe_call: usize
             (
                 "exe-link",
                 format!("/proc/PID/exe still names the old program ({errno})"),
-                "nothing is wrong with the server; tools that look at the link are misled",
+                crate::boot::EXE_LINK,
             )
         } else {
             ("clean-up", format!("{name} after the change: {errno}"), "some memory of the old version stays")

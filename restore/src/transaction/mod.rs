@@ -163,6 +163,9 @@ fn report(
     all.extend(outcome.booted.findings.iter().cloned());
     all.extend(list.findings);
     all.append(&mut findings);
+    // What the copy met and the process met again is told once.
+    let mut told = std::collections::HashSet::new();
+    all.retain(|f| told.insert((f.code.clone(), f.message.clone(), f.next_step.clone())));
     UpdateReport {
         pid,
         old_pid,
