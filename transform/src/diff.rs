@@ -62,12 +62,14 @@ impl Relayout for Diff<'_> {
         }
         let done = self.diff.convert(old, new, bytes);
         let fresh = done.native_ranges();
-        let name = self.diff.old().display(old);
-        let dropped = done.dropped.iter().filter(|d| !d.is_zero()).map(|d| Problem {
-            code: "field-dropped",
-            refusal: false,
-            message: format!("{name}.{} is not in the new version; its value is dropped", d.path),
-            next_step: format!("if it was renamed: [rename.fields] \"{name}.{}\" = \"…\"", d.path),
+        let dropped = done.dropped.iter().filter(|d| !d.is_zero()).map(|d| {
+            let name = self.diff.old().display(old);
+            Problem {
+                code: "field-dropped",
+                refusal: false,
+                message: format!("{name}.{} is not in the new version; its value is dropped", d.path),
+                next_step: format!("if it was renamed: [rename.fields] \"{name}.{}\" = \"…\"", d.path),
+            }
         });
         let dropped: Vec<Problem> = dropped.collect();
         let mut out = plain(done);

@@ -9,6 +9,8 @@ use std::sync::{Mutex, OnceLock};
 const BLOCK: u64 = 4 << 20;
 /// How much of a memory that is at hand is looked at in one piece.
 const PIECE: u64 = 64 << 10;
+/// So much is scanned by one thread.
+const FEW: u64 = 8 << 20;
 
 /// Which values are wanted.
 pub(crate) struct Wanted<'a> {
@@ -69,8 +71,9 @@ pub(crate) fn scan(mem: &dyn Memory, places: &[Range<u64>], wanted: &Wanted<'_>)
         all.aligned.append(&mut mine.aligned);
         all.unaligned.append(&mut mine.unaligned);
     };
-    // This thread is one of the workers; what is in one or two blocks is not worth another.
-    let helpers = if blocks.len() < 3 { 0 } else { cores().min(blocks.len()) - 1 };
+    // This thread is one of the workers. A little is not worth another one, which may have to wait for its turn.
+    let all: u64 = blocks.iter().map(|b| b.end - b.start).sum();
+    let helpers = if all < FEW { 0 } else { cores().min(blocks.len()) - 1 };
     std::thread::scope(|s| {
         for _ in 0..helpers {
             s.spawn(work);
@@ -156,15 +159,40 @@ fn hidden(start: u64, bytes: &[u8], wanted: &Wanted<'_>, out: &mut Hits) {
     if range.is_empty() || bytes.len() < 8 {
         return;
     }
-    for i in 0..bytes.len() - 7 {
-        let v = u64::from_le_bytes(bytes[i..i + 8].try_into().expect("eight bytes"));
-        if v.wrapping_sub(range.start) < range.end - range.start
-            && !(start + i as u64).is_multiple_of(8)
-            && (wanted.unaligned)(v)
-        {
-            out.unaligned.push((start + i as u64, v));
+    let mut look = |from: usize, to: usize| {
+        for i in from..to {
+            let v = u64::from_le_bytes(bytes[i..i + 8].try_into().expect("eight bytes"));
+            if v.wrapping_sub(range.start) < range.end - range.start
+                && !(start + i as u64).is_multiple_of(8)
+                && (wanted.unaligned)(v)
+            {
+                out.unaligned.push((start + i as u64, v));
+            }
         }
+    };
+    let places = bytes.len() - 7;
+    let upper = [(range.start >> 32) as u32, ((range.end - 1) >> 32) as u32];
+    if upper[1] - upper[0] > 1 || range.end - range.start > 1 << 32 {
+        return look(0, places);
     }
+    // Their upper halves are one of two words: a group of places without those is passed over at once.
+    const GROUP: usize = 256;
+    let mut at = 0;
+    while at + GROUP <= places {
+        let halves = &bytes[at + 4..at + 4 + GROUP + 3];
+        let mut any = false;
+        for k in 0..4 {
+            for w in halves[k..k + GROUP].chunks_exact(4) {
+                let w = u32::from_le_bytes(w.try_into().expect("four bytes"));
+                any |= w == upper[0] || w == upper[1];
+            }
+        }
+        if any {
+            look(at, at + GROUP);
+        }
+        at += GROUP;
+    }
+    look(at, places);
 }
 
 #[cfg(test)]
@@ -216,6 +244,43 @@ mod tests {
         assert_eq!(there.unaligned.len(), 3);
         assert_eq!((here.aligned, here.unaligned), (there.aligned, there.unaligned));
         assert_eq!(here.bytes, 9 << 20);
+    }
+
+    #[test]
+    fn passing_over_groups_loses_no_hidden_word() {
+        let mut bytes = vec![0u8; 5000];
+        let mut x = 7u64;
+        let mut random = || {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            x >> 33
+        };
+        // Within one upper half, over the border of two, and more.
+        for range in [0x5555_0000_1000..0x5555_0020_0000, 0x5555_ffff_0000..0x5556_0001_0000, 0x1000..1 << 40]
+        {
+            for _ in 0..200 {
+                let at = random() as usize % (bytes.len() - 8);
+                let v = range.start + random() % (range.end - range.start);
+                bytes[at..at + 8].copy_from_slice(&v.to_le_bytes());
+            }
+            for len in [7, 8, 262, 263, 264, 519, 4999, 5000] {
+                let bytes = &bytes[5000 - len..];
+                let wanted = Wanted {
+                    ranges: vec![],
+                    aligned: &|_| true,
+                    hidden: range.clone(),
+                    unaligned: &|_| true,
+                };
+                let mut hits = Hits::default();
+                hidden(0x1003, bytes, &wanted, &mut hits);
+                let all = bytes
+                    .windows(8)
+                    .zip(0x1003..)
+                    .map(|(b, at)| (at, u64::from_le_bytes(b.try_into().unwrap())));
+                let want: Vec<_> = all.filter(|h| range.contains(&h.1) && h.0 % 8 != 0).collect();
+                assert_eq!(hits.unaligned, want, "{range:x?} {len}");
+                assert!(len < 1000 || !want.is_empty());
+            }
+        }
     }
 
     #[test]

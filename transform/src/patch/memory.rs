@@ -29,6 +29,11 @@ impl<'a> PatchedMemory<'a> {
         regions.sort_by_key(|r| r.start);
         Self { base, over, regions }
     }
+
+    /// What lies over the old memory: (start, bytes), ascending and disjoint.
+    pub(crate) fn laid_over(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.over.iter().map(|o| (o.0, &o.1[..]))
+    }
 }
 
 /// Joins overlapping runs of bytes; where they overlap, the later one in the list wins.

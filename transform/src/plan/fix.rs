@@ -138,6 +138,12 @@ impl Fixer<'_> {
         self.space.program.contains(&v) || self.convs.at(v).is_some()
     }
 
+    /// Whether [`Self::word`] says [`NewWord::Same`] whatever is wanted, and the word is of no interest otherwise.
+    pub fn keeps(&self, v: u64) -> bool {
+        v < 4096
+            || !self.is_interesting(v) && !matches!(self.space.outside(v), Spot::Stack(_) | Spot::Tls(..))
+    }
+
     /// A pointer at the arguments, the environment or the auxiliary vector: the new version has its own.
     pub fn is_argument(&self, v: u64) -> bool {
         self.arguments != 0 && v >= self.arguments && matches!(self.space.spot(v), Spot::Stack(0))

@@ -163,7 +163,7 @@ pub(crate) fn plan_with_findings(
     w.phase("pointers", t);
 
     let t = Instant::now();
-    let rest = words::opaque(&mut w, &fixer, &tracer, &done, &reach);
+    let (rest, pointing) = words::opaque(&mut w, &fixer, &tracer, &done, &reach);
     words::epoll(&mut w, &fixer);
     words::timers(&mut w, &fixer);
     w.phase("scan", t);
@@ -171,7 +171,7 @@ pub(crate) fn plan_with_findings(
     let t = Instant::now();
     words::finish(&mut w, &convs, [done, rest], region, region_start, &tracer);
     if !convs.list.is_empty() {
-        words::rescan(&mut w, &space, &convs);
+        words::rescan(&mut w, &space, &convs, &pointing);
     }
     w.phase("check", t);
 

@@ -34,13 +34,25 @@ pub(crate) struct Conv {
 #[derive(Default)]
 pub(crate) struct Convs {
     pub list: Vec<Conv>,
+    /// Start and end of each, close together: this is asked for every word.
+    spans: Vec<(u64, u64)>,
 }
 
 impl Convs {
+    /// From all of them.
+    pub fn new(mut list: Vec<Conv>) -> Self {
+        list.sort_by_key(|c| c.start);
+        let spans = list.iter().map(|c| (c.start, c.end)).collect();
+        Self { list, spans }
+    }
+
     /// The conversion whose old bytes hold `addr`.
     pub fn at(&self, addr: u64) -> Option<usize> {
-        let n = self.list.partition_point(|c| c.start <= addr).checked_sub(1)?;
-        (addr < self.list[n].end).then_some(n)
+        if addr < self.spans.first()?.0 || addr >= self.spans.last()?.1 {
+            return None;
+        }
+        let n = self.spans.partition_point(|s| s.0 <= addr).checked_sub(1)?;
+        (addr < self.spans[n].1).then_some(n)
     }
 
     /// Where what was at `addr` is now; `Err`: it is inside a converted object, but in no member that the new
@@ -126,8 +138,7 @@ pub(crate) fn convert_all(
         }
         list.push(c);
     }
-    list.sort_by_key(|c| c.start);
-    (Convs { list }, region)
+    (Convs::new(list), region)
 }
 
 /// Adds the region's start to the offsets that `convert_all` left.
@@ -182,7 +193,7 @@ fn place(
     let _ = rl;
     let m = tracer.layouts.model;
     let (old_size, new_size) = (m.size_of(o.ty), rl.size_new(new_ty));
-    let name = tracer.type_name(o.ty);
+    let name = || tracer.type_name(o.ty);
     let path = || tracer.path(&o.via);
     let chunk = o.chunk.map(|i| &tracer.space.heap.chunks[i]);
     let (start, end) = chunk.map_or((o.addr, o.addr + o.count * old_size), |c| (c.addr.0, c.end().0));
@@ -195,7 +206,10 @@ fn place(
             _ => {
                 findings.refuse(
                     "unknown-tail",
-                    format!("{name} changed, and the array at its end has other elements in the new version"),
+                    format!(
+                        "{} changed, and the array at its end has other elements in the new version",
+                        name()
+                    ),
                     path(),
                     "keep the elements' type, or start the new version afresh",
                     o.addr,
@@ -225,8 +239,9 @@ fn place(
         findings.refuse(
             "unknown-tail",
             format!(
-                "{name} grows from {old_size} to {new_size} bytes, but its chunk goes on for {} bytes that no type \
+                "{} grows from {old_size} to {new_size} bytes, but its chunk goes on for {} bytes that no type \
                  explains: an array, a bigger struct that starts with it, or a pool",
+                name(),
                 o.unexplained
             ),
             path(),
@@ -250,8 +265,9 @@ fn place(
         findings.refuse(
             "I7-cannot-move",
             format!(
-                "{name} grows from {old_size} to {new_size} bytes, but it lies inside memory that the program \
+                "{} grows from {old_size} to {new_size} bytes, but it lies inside memory that the program \
                  divides up itself ({})",
+                name(),
                 if chunk.is_none() { "a mapping" } else { "a chunk with other objects in it" }
             ),
             path(),

@@ -6,14 +6,15 @@ use super::objects::Convs;
 use super::region::RegionPlan;
 use super::{Work, read};
 use crate::carry_fix::place_fixes;
-use crate::layout::SlotKind;
+use crate::layout::{Slot, SlotKind};
 use crate::patch::PatchedMemory;
 use crate::reach::Reach;
 use crate::scan::{Wanted, scan};
 use crate::space::{Space, Spot};
 use crate::trace::Tracer;
+use crate::types::TypeId;
 use mcr_image::proto::{self, Severity, place};
-use mcr_image::{Addr, FastMap, FastSet};
+use mcr_image::{Addr, FastMap, FastSet, Memory};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
@@ -50,7 +51,7 @@ impl Typed {
 pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<'_>) -> Typed {
     let mut done = Typed::default();
     let m = tracer.layouts.model;
-    let mut live: FastMap<crate::types::TypeId, u64> = FastMap::default();
+    let mut live: FastMap<TypeId, u64> = FastMap::default();
     let (memory, mut buf) = (w.old.memory, Vec::new());
     w.stats().objects_typed = tracer.heap_objects().len() as u64;
     for id in tracer.heap_objects() {
@@ -65,6 +66,9 @@ pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<
         for i in 0..o.count {
             let base = o.addr + i * size;
             let one = &bytes[(i * size) as usize..((i + 1) * size) as usize];
+            if slots.slots.iter().all(|s| settled(fixer, s, one)) {
+                continue;
+            }
             let words = Words {
                 fixer,
                 layouts: tracer.layouts,
@@ -114,14 +118,26 @@ pub(super) fn heap_objects(w: &mut Work<'_>, fixer: &Fixer<'_>, tracer: &Tracer<
     done
 }
 
-/// Everything that no type explains, word by word.
+/// A slot whose word keeps its value and is not looked for anywhere else: most elements of most arrays have no other.
+fn settled(fixer: &Fixer<'_>, slot: &Slot, bytes: &[u8]) -> bool {
+    match slot.kind {
+        SlotKind::Pointer(_) | SlotKind::Function | SlotKind::Untyped => {
+            crate::trace::word_at(bytes, slot.offset).is_none_or(|v| fixer.keeps(v))
+        }
+        SlotKind::Union(_) | SlotKind::Enum(_) | SlotKind::Bool => true,
+        SlotKind::Thread | SlotKind::Pid | SlotKind::Sync(..) => false,
+    }
+}
+
+/// Everything that no type explains, word by word. Also every aligned word of the old memory that points into the
+/// program or at a converted object, with its place.
 pub(super) fn opaque(
     w: &mut Work<'_>,
     fixer: &Fixer<'_>,
     tracer: &Tracer<'_>,
     typed: &Typed,
     reach: &Reach<'_>,
-) -> Typed {
+) -> (Typed, Vec<(u64, u64)>) {
     let space = fixer.space;
     let mut places: Vec<Range<u64>> = space.retained.clone();
     places.extend(space.heap.segments.iter().map(|s| s.start.0..s.end.0));
@@ -143,7 +159,7 @@ pub(super) fn opaque(
     );
     w.stats().bytes_scanned = hits.bytes;
     let mut out = Typed::default();
-    for (at, v) in hits.aligned {
+    for &(at, v) in &hits.aligned {
         if typed.handled.contains(&at) || !lives(space, at) {
             continue;
         }
@@ -195,7 +211,7 @@ pub(super) fn opaque(
             None => hidden_pointer(w, v, at, whereabouts(tracer, at)),
         }
     }
-    out
+    (out, hits.aligned)
 }
 
 /// An unaligned pointer to an object that moves.
@@ -335,15 +351,20 @@ pub(super) fn finish(
         }));
     }
     let mut moved: Vec<(u64, &[u8])> = Vec::new();
+    let mut names: FastMap<(TypeId, TypeId), (String, String)> = FastMap::default();
     for (c, content) in convs.list.iter().zip(&contents) {
         let o = &tracer.objs[c.id as usize];
         let index = w.patch.objects.len() as u32;
+        let (new_name, old_name) = names
+            .entry((c.new_ty, c.old_ty))
+            .or_insert_with(|| (w.new.types.display(c.new_ty), w.old.types.display(c.old_ty)))
+            .clone();
         w.patch.objects.push(proto::TypedObject {
             addr: c.new_addr,
             old_addr: c.old_addr,
             size: c.content.len() as u64,
-            type_name: w.new.types.display(c.new_ty),
-            old_type_name: w.old.types.display(c.old_ty),
+            type_name: new_name,
+            old_type_name: old_name,
             count: c.count as u32,
             path: tracer.path(&o.via),
             moved: c.moved,
@@ -378,31 +399,41 @@ pub(super) fn finish(
     }
 }
 
-/// I9: no word of what stays points at a place that a moved object left.
-pub(super) fn rescan(w: &mut Work<'_>, space: &Space<'_>, convs: &Convs) {
+/// I9: no word of what stays points at a place that a moved object left. `before`: the words of the old memory that
+/// point at converted objects. What the patch does not touch is as it was then, so only those are asked again, and
+/// what the patch writes is looked through.
+pub(super) fn rescan(w: &mut Work<'_>, space: &Space<'_>, convs: &Convs, before: &[(u64, u64)]) {
     let moved = |v: u64| convs.at(v).is_some_and(|n| convs.list[n].moved);
     if !convs.list.iter().any(|c| c.moved) {
         return;
     }
     let patched = PatchedMemory::new(w.old.memory, &w.patch);
-    let mut places: Vec<Range<u64>> = space.retained.clone();
-    places.extend(space.heap.segments.iter().map(|s| s.start.0..s.end.0));
-    places.extend(w.patch.regions.iter().map(|r| r.start..r.start + r.content.len() as u64));
-    let hits = scan(
-        &patched,
-        &places,
-        &Wanted { ranges: envelopes(convs), aligned: &moved, hidden: 0..0, unaligned: &|_| false },
-    );
-    let relocated: HashSet<u64> = w
-        .patch
-        .relocs
+    let mut hits: Vec<(u64, u64)> = before
         .iter()
-        .filter_map(|r| match r.place.as_ref()?.r#in.as_ref()? {
+        .filter(|h| moved(h.1))
+        .filter_map(|h| Some((h.0, patched.u64(Addr(h.0)).ok()?)))
+        .filter(|h| moved(h.1))
+        .collect();
+    for (start, bytes) in patched.laid_over() {
+        // Words that are written in part, too.
+        let (first, end) = (start & !7, (start + bytes.len() as u64).next_multiple_of(8));
+        let ends = [first, end - 8].into_iter().filter_map(|at| Some((at, patched.u64(Addr(at)).ok()?)));
+        let skip = (start.next_multiple_of(8) - start) as usize;
+        let inside = bytes.get(skip..).unwrap_or_default().chunks_exact(8).zip(0..).map(|(b, i)| {
+            (start + skip as u64 + 8 * i, u64::from_le_bytes(b.try_into().expect("eight bytes")))
+        });
+        hits.extend(ends.chain(inside).filter(|h| moved(h.1)));
+    }
+    hits.sort_unstable();
+    hits.dedup();
+    let mut relocated: FastSet<u64> = FastSet::default();
+    if !hits.is_empty() {
+        relocated.extend(w.patch.relocs.iter().filter_map(|r| match r.place.as_ref()?.r#in.as_ref()? {
             place::In::Addr(a) => Some(*a),
             _ => None,
-        })
-        .collect();
-    for (at, v) in hits.aligned {
+        }));
+    }
+    for (at, v) in hits {
         let in_region =
             w.patch.regions.iter().any(|r| r.start <= at && at < r.start + r.content.len() as u64);
         if moved(at) || relocated.contains(&at) || !(in_region || lives(space, at)) {

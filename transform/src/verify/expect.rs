@@ -35,8 +35,7 @@ pub(super) fn converted(prepared: &Prepared<'_>, heap: &GlibcHeap, patch: &proto
         let known = types.entry(key).or_insert_with(|| candidates(prepared, o));
         list.extend(one(prepared, heap, &retired, known, o));
     }
-    list.sort_by_key(|c| c.start);
-    Convs { list }
+    Convs::new(list)
 }
 
 /// The pairs of types that an object of these names may have.
