@@ -169,6 +169,9 @@ pub fn describe(fd: &Fd) -> String {
         Some(Object::Epoll(e)) => format!("epoll, {} watches", e.watches.len()),
         Some(Object::Eventfd(e)) => format!("eventfd, count {}", e.count),
         Some(Object::Timerfd(t)) => format!("timerfd, every {} ms", t.interval_ns / 1_000_000),
+        Some(Object::Foreign(f)) => {
+            format!("family {}, type {}, protocol {}", f.family, f.r#type, f.protocol)
+        }
         Some(Object::Signalfd(s)) => format!("signalfd, mask {:#x}", s.mask),
     }
 }

@@ -210,6 +210,43 @@ fn pipes_stay_together_whatever_old_was_started_with() {
     }
 }
 
+/// Sockets of netlink(7) and raw(7), and what inotify(7) watches: images do not hold them, a living process keeps them.
+#[test]
+fn what_no_image_holds_stays_where_it_is() {
+    let dir = support::scratch("foreign");
+    std::fs::create_dir_all(&dir).unwrap();
+    let versions = ["-DAGAIN", "-DTWICE"].map(|v| {
+        build_source("boot_server.c", &format!("foreign{v}"), &["-DFOREIGN", v])
+    });
+    let server = Server::start(&versions[0], &["PORT", dir.to_str().unwrap()]);
+    let mut a = server.connect();
+    assert_eq!(a.ask("PING"), "PONG");
+    let looked = |pid: Pid| {
+        let info = |n: &i32| std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{n}")).unwrap();
+        let all = support::links(pid);
+        let kept = |l: &str| l == "anon_inode:inotify" || l.starts_with("socket:");
+        let all: Vec<_> = all.into_iter().filter(|(n, l)| *n < 6 && kept(l)).collect();
+        let said: Vec<String> = all.iter().map(|(n, _)| info(n)).collect();
+        (all, said)
+    };
+    let before = looked(server.pid());
+    assert_eq!(before.0.len(), 3, "{before:?}");
+    assert!(before.1[2].contains("inotify wd:1"), "{before:?}");
+    let r = update(server.pid(), &versions[1], &options()).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(looked(r.pid), before);
+    let r = update(r.pid, &versions[0], &UpdateOptions { new_pid: true, ..options() })
+        .unwrap_or_else(|e| panic!("{e}"));
+    let _new = support::Reaper(r.pid);
+    assert_eq!(looked(r.pid), before);
+    assert_eq!(a.ask("PING"), "PONG");
+    // The watch is alive: it has something to say now.
+    std::fs::write(dir.join("news"), "").unwrap();
+    assert_eq!(a.ask("PING"), "PONG news");
+    let image = dir.join("image");
+    let e = mcr_criu_lite::dump::dump(r.pid, &image, &Default::default(), &mut |_, _| Ok(Default::default()));
+    assert!(e.err().unwrap().to_string().contains("family 16"));
+}
+
 #[test]
 fn a_taken_number_is_refused() {
     let e = rolls_back(&build_source("boot_server.c", "over", &["-DOVER"]));

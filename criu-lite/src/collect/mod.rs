@@ -4,6 +4,7 @@
 mod epoll;
 mod eventfd;
 mod file;
+mod foreign;
 mod pipe;
 mod process;
 mod signalfd;
@@ -79,11 +80,13 @@ pub struct CollectOptions<'a> {
     /// inode) is not asked again, and not duplicated: its state is as old as these are. For changes of a process whose
     /// sockets stay where they are.
     pub known: &'a [proto::Fd],
+    /// Also objects that no image holds: the process keeps them, or is handed them as they are.
+    pub foreign: bool,
 }
 
 impl Default for CollectOptions<'_> {
     fn default() -> Self {
-        Self { socket_options: true, known: &[] }
+        Self { socket_options: true, known: &[], foreign: false }
     }
 }
 
@@ -91,7 +94,7 @@ impl CollectOptions<'_> {
     /// For an update of a living process: its open files are handed over as they are.
     #[must_use]
     pub fn live() -> Self {
-        Self { socket_options: false, known: &[] }
+        Self { socket_options: false, known: &[], foreign: true }
     }
 }
 
@@ -366,7 +369,7 @@ fn look(
     let sockets: Vec<u32> =
         both.filter(|(n, o)| n.cloexec.is_none() && o.is_socket()).map(|(n, _)| n.number).collect();
     let mut cloexec = cloexec(view, inside, &sockets)?.into_iter();
-    let net = NetTables { options: options.socket_options, ..NetTables::default() };
+    let net = NetTables { options: options.socket_options, foreign: options.foreign, ..NetTables::default() };
     let mut out = Vec::with_capacity(numbers.len());
     let mut dups = HashMap::with_capacity(numbers.len());
     for (Number { number, cloexec: told, .. }, seen) in numbers.into_iter().zip(opened) {
@@ -533,13 +536,7 @@ fn object(view: &View<'_>, o: &Open<'_>, net: &NetTables) -> Result<Object, Coll
             b"anon_inode:[eventfd]" => Object::Eventfd(eventfd::collect(o)),
             b"anon_inode:[timerfd]" => Object::Timerfd(timerfd::collect(o)),
             b"anon_inode:[signalfd]" => Object::Signalfd(signalfd::collect(o)),
-            l if l.starts_with(b"anon_inode:") => {
-                return Err(view.unsupported(
-                    o.name(),
-                    "images do not hold this kind of object yet",
-                    "have the server close it, or restart the server without the feature that opens it",
-                ));
-            }
+            l if l.starts_with(b"anon_inode:") => Object::Foreign(foreign::collect(view, o, net.foreign)?),
             _ => Object::File(file::collect(view, o)?),
         },
     })
@@ -550,6 +547,8 @@ fn object(view: &View<'_>, o: &Open<'_>, net: &NetTables) -> Result<Object, Coll
 struct NetTables {
     /// Read every option.
     options: bool,
+    /// Let pass what no image holds.
+    foreign: bool,
     unix: std::cell::OnceCell<HashMap<u64, unix::Entry>>,
 }
 
@@ -569,16 +568,7 @@ impl NetTables {
                 let table = self.unix.get_or_init(unix::table);
                 Object::Unix(unix::collect(view, o, kind, table, self.options)?)
             }
-            _ => {
-                return Err(view.unsupported(
-                    format!(
-                        "descriptor {} (socket, family {domain}, type {kind}, protocol {protocol})",
-                        o.number
-                    ),
-                    "only TCP, UDP and unix sockets are carried",
-                    "have the server close it",
-                ));
-            }
+            _ => Object::Foreign(foreign::socket(view, o, self.foreign)?),
         })
     }
 }

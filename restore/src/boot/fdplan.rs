@@ -28,6 +28,12 @@ pub(super) enum Kind {
     EventFd,
     TimerFd,
     SignalFd,
+    /// netlink(7), raw(7); all 0: inotify(7).
+    Foreign {
+        family: i32,
+        kind: i32,
+        protocol: i32,
+    },
     Other,
 }
 
@@ -126,6 +132,11 @@ pub(super) fn old_fd(fd: &proto::Fd) -> OldFd {
         Some(Object::Eventfd(_)) => (Kind::EventFd, None, "eventfd".into()),
         Some(Object::Timerfd(_)) => (Kind::TimerFd, None, "timerfd".into()),
         Some(Object::Signalfd(_)) => (Kind::SignalFd, None, "signalfd".into()),
+        Some(Object::Foreign(f)) => {
+            let kind =
+                Kind::Foreign { family: f.family as i32, kind: f.r#type as i32, protocol: f.protocol as i32 };
+            (kind, None, fd.link.clone())
+        }
         None => (Kind::Other, None, fd.link.clone()),
     };
     OldFd { kind, bound, what }

@@ -169,16 +169,17 @@ impl Host {
         format!("/proc/{}/fd/{fd}", self.pid).into()
     }
 
-    /// Family and type of a socket of the host, and whether it is an end of a socketpair(2).
-    pub(super) fn socket_kind(&self, fd: i32) -> Result<(i32, i32, bool)> {
+    /// What a socket of the host is.
+    pub(super) fn socket_kind(&self, fd: i32) -> Result<SocketKind> {
         let ask = || {
             let s = ptrace::duplicate_fd(self.pid.0, fd)?;
             let family = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
             let kind = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_TYPE)?;
+            let protocol = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
             let unnamed = |a: nix::Result<UnixAddr>| a.is_ok_and(|a| a.is_unnamed());
             let fd = s.as_raw_fd();
             let pair = family == libc::AF_UNIX && unnamed(getsockname(fd)) && unnamed(getpeername(fd));
-            Ok((family, kind, pair))
+            Ok(SocketKind { family, kind, protocol, pair })
         };
         ask().map_err(|e| BootError::step(format!("looking at descriptor {fd} of the new version"), e))
     }
@@ -235,6 +236,16 @@ impl Host {
         out.sort_unstable();
         out
     }
+}
+
+/// What a socket is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SocketKind {
+    pub family: i32,
+    pub kind: i32,
+    pub protocol: i32,
+    /// An end of a socketpair(2).
+    pub pair: bool,
 }
 
 fn parse_watches(text: &str) -> Vec<proto::EpollWatch> {

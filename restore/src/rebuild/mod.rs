@@ -9,6 +9,7 @@ mod error;
 mod eventfd;
 mod file;
 mod fill;
+mod foreign;
 mod mapped;
 mod objects;
 mod pipe;

@@ -1,7 +1,7 @@
 //! Makes every open file description of an image in the engine: nothing of the target is touched yet, so a
 //! failure here costs nothing.
 
-use super::{RebuildError, epoll, eventfd, file, pipe, signalfd, tcp, timerfd, unix};
+use super::{RebuildError, epoll, eventfd, file, foreign, pipe, signalfd, tcp, timerfd, unix};
 use crate::keeper::Kept;
 use crate::sys;
 use mcr_image::proto;
@@ -129,6 +129,7 @@ fn open_one(fd: &proto::Fd, maker: &mut Maker<'_>) -> Result<OwnedFd, RebuildErr
         Some(Object::Eventfd(e)) => eventfd::open(fd, e),
         Some(Object::Timerfd(t)) => timerfd::open(fd, t),
         Some(Object::Signalfd(s)) => signalfd::open(fd, s),
+        Some(Object::Foreign(_)) => foreign::open(fd),
         None => Err(RebuildError::refused(
             name_of(fd),
             "this version of mcr does not know the kind of this open file",

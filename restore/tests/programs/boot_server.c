@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <linux/netlink.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
@@ -10,6 +11,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/inotify.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -23,6 +25,9 @@ static int listener, epfd;
 int extra;
 #endif
 
+#ifdef FOREIGN
+static int watch;
+#endif
 #ifdef PIPES
 int pipes[5][2];
 
@@ -82,6 +87,17 @@ void start_up(int argc, char **argv)
 		if (i % 2 ? socketpair(AF_UNIX, SOCK_STREAM, 0, pipes[i]) : pipe2(pipes[i], O_NONBLOCK))
 			exit(5);
 #endif
+#ifdef FOREIGN
+	struct sockaddr_nl nl = { .nl_family = AF_NETLINK, .nl_groups = 1 };
+	int routes = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE);
+	if (routes < 0 || bind(routes, (struct sockaddr *)&nl, sizeof nl))
+		exit(6);
+	if (socket(AF_INET, SOCK_RAW, IPPROTO_ICMP) < 0)
+		exit(7);
+	watch = inotify_init1(IN_NONBLOCK);
+	if (watch < 0 || inotify_add_watch(watch, argv[2], IN_CREATE) < 0)
+		exit(8);
+#endif
 #ifdef EXTRA
 	/* Takes a number that belongs to the listener. */
 	extra = eventfd(7, EXTRA);
@@ -130,6 +146,10 @@ void event_loop(void)
 #endif
 			if (r <= 0)
 				close(fd);
+#ifdef FOREIGN
+			else if (read(watch, b, sizeof b) > 0 && write(fd, "PONG news\n", 10) == 10)
+				continue;
+#endif
 #ifdef PIPES
 			else if (!joined())
 				close(fd);

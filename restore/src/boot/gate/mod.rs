@@ -9,7 +9,7 @@ pub(in crate::boot) mod timers;
 
 use super::error::{BootError, Result};
 use super::fdplan::{FdPlan, Kind};
-use super::host::{Host, finding};
+use super::host::{Host, SocketKind, finding};
 use super::{BootSpec, exec::Loaded};
 use mcr_image::{Addr, Memory, Tid, proto, syscalls};
 use std::collections::BTreeMap;
@@ -309,10 +309,16 @@ pub(super) fn kind_of(host: &Host, fd: i32) -> Option<(Kind, String)> {
             Kind::Pipe { write_end: crate::fds::open_flags(host.pid.0, fd) & 3 == libc::O_WRONLY }
         }
         l if l.starts_with("socket:") => match host.socket_kind(fd) {
-            Ok((_, kind, true)) => Kind::Pair { kind },
-            Ok((family, kind, false)) => Kind::Socket { family, kind, connected: false },
+            Ok(SocketKind { kind, pair: true, .. }) => Kind::Pair { kind },
+            Ok(SocketKind { family, kind, protocol, .. })
+                if family == libc::AF_NETLINK || kind == libc::SOCK_RAW =>
+            {
+                Kind::Foreign { family, kind, protocol }
+            }
+            Ok(SocketKind { family, kind, .. }) => Kind::Socket { family, kind, connected: false },
             Err(_) => Kind::Other,
         },
+        "anon_inode:inotify" => Kind::Foreign { family: 0, kind: 0, protocol: 0 },
         l if l.starts_with("anon_inode:") => Kind::Other,
         _ => {
             let m = std::fs::metadata(host.fd_path(fd)).ok()?;

@@ -51,7 +51,7 @@ impl Gate<'_> {
         if !matches!(family, libc::AF_INET | libc::AF_INET6 | libc::AF_UNIX) {
             return Ok(None);
         }
-        let Ok((_, kind, _)) = host.socket_kind(call.fd(0)) else {
+        let Ok(kind) = host.socket_kind(call.fd(0)).map(|s| s.kind) else {
             return Ok(None);
         };
         let shown = fdplan::describe(&addr);
@@ -90,7 +90,7 @@ impl Gate<'_> {
             }
             // A connected datagram socket sends nothing by itself; resolvers use it to learn an address.
             libc::AF_INET | libc::AF_INET6 => {
-                if host.socket_kind(call.fd(0))?.1 == libc::SOCK_DGRAM {
+                if host.socket_kind(call.fd(0))?.kind == libc::SOCK_DGRAM {
                     return Ok(None);
                 }
             }
