@@ -22,6 +22,6 @@ pub use collect::{CollectError, CollectOptions, Collected};
 pub use freeze::{FreezeError, FreezeOptions, Frozen, await_end, reap_hidden, tids};
 pub use memory::ProcessMemory;
 pub use quiesce::{QuiesceError, QuiesceOptions, ThreadState};
-pub use snapshot::own_pages;
+pub use snapshot::{own_pages, same_pages};
 pub use sys::{interrupted, pidfd_getfd, set_interrupted};
 pub use tracee::{Agent, Blocked, Call, CloneFlags, Resume, Scratch, Stop, TraceError, Tracee, blocked_call};

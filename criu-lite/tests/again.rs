@@ -4,8 +4,8 @@ mod common;
 
 use common::Program;
 use mcr_criu_lite::{CollectOptions, Collected, FreezeOptions, Frozen, QuiesceOptions};
-use mcr_image::Pid;
 use mcr_image::proto::fd::Object;
+use mcr_image::{Addr, Pid};
 
 /// Three sockets and as many more as there are in `MORE`, with an epoll on one; at the first byte of input one of them
 /// becomes another socket, one a pipe and one close-on-exec.
@@ -49,7 +49,7 @@ fn only_a_socket_that_is_still_the_same_is_not_asked_again() {
 
 #[test]
 fn of_many_sockets_only_one_that_is_still_the_same_is_not_asked_again() {
-    again(100);
+    again(300);
 }
 
 fn again(more: u32) {
@@ -88,4 +88,40 @@ fn again(more: u32) {
     let numbers = |c: &Collected| c.process.fds.iter().map(|f| f.number).collect::<Vec<_>>();
     assert_eq!(numbers(&first), numbers(&same));
     assert!(numbers(&then).is_sorted());
+}
+
+/// Eight pages of memory at 0x600000000000 and a child; then one is written, one given back and one written by the child.
+const PAGES: &str = r#"
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(void) {
+    int p[2]; char b;
+    char *m = mmap((void *)0x600000000000, 8 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    madvise(m, 8 * 4096, MADV_NOHUGEPAGE);
+    memset(m, 1, 7 * 4096);
+    if (pipe(p)) return 1;
+    pid_t child = fork();
+    if (child == 0) { close(p[0]); m[4096] = 2; write(p[1], "x", 1); close(p[1]); pause(); }
+    close(p[1]);
+    if (read(p[0], &b, 1) != 1) return 1;
+    m[3 * 4096] = 2;
+    madvise(m + 5 * 4096, 4096, MADV_DONTNEED);
+    printf("ready\n%d\n", child); fflush(stdout);
+    return read(0, &b, 1) < 0;
+}
+"#;
+
+#[test]
+fn pages_that_nobody_wrote_to_since_the_copy_are_the_same() {
+    let mut p = Program::start(PAGES);
+    let child = Pid(p.line().parse().unwrap());
+    let base = 0x6000_0000_0000;
+    let page = |n: u64| Addr(base + n * 4096);
+    let same = mcr_criu_lite::same_pages(Pid(p.pid()), child, page(0), page(8)).unwrap();
+    let killed =
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.0), nix::sys::signal::Signal::SIGKILL);
+    assert_eq!(same, [(page(0), page(1)), (page(2), page(3)), (page(4), page(5)), (page(6), page(7))]);
+    killed.unwrap();
 }

@@ -24,7 +24,47 @@ pub struct Blocks<'a> {
     bytes: AtomicU64,
 }
 
+/// What was read of a memory, for another one that is the same in part.
+#[derive(Default)]
+pub struct ReadBlocks(Vec<Kept>);
+
 impl<'a> Blocks<'a> {
+    /// As [`Self::new`]; what was read before of `same` (ascending, disjoint) is not read again: the caller knows that
+    /// both memories have the same bytes there.
+    #[must_use]
+    pub fn again(base: &'a dyn Memory, before: ReadBlocks, same: &[(Addr, Addr)]) -> Self {
+        let mut out = Self::new(base);
+        let whole = |start: u64, end: u64| {
+            let i = same.partition_point(|s| s.1.0 <= start);
+            same.get(i).is_some_and(|s| s.0.0 <= start && end <= s.1.0)
+        };
+        for k in before.0 {
+            for (i, slot) in k.blocks.into_iter().enumerate() {
+                let Some(Some(bytes)) = slot.into_inner() else { continue };
+                let start = ((k.start / BLOCK + i as u64) * BLOCK).max(k.start);
+                let end = start + bytes.len() as u64;
+                let n = out.kept.partition_point(|k| k.end <= start);
+                let Some(now) = out.kept.get_mut(n).filter(|_| whole(start, end)) else { continue };
+                let place = start / BLOCK * BLOCK;
+                // The same piece of the region as it is now.
+                if start == place.max(now.start) && end == (place + BLOCK).min(now.end) {
+                    let index = (start / BLOCK - now.start / BLOCK) as usize;
+                    if let Some(slot) = now.blocks.get_mut(index) {
+                        out.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                        *slot = Block::from(Some(bytes));
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// What was read until now.
+    #[must_use]
+    pub fn into_read(self) -> ReadBlocks {
+        ReadBlocks(self.kept)
+    }
+
     /// Nothing read yet. `base` must not change from now on.
     #[must_use]
     pub fn new(base: &'a dyn Memory) -> Self {
@@ -135,6 +175,20 @@ mod tests {
             assert!(blocks.bytes(Addr(at), len).is_err(), "{at:#x}");
             assert!(blocks.view(Addr(at), len, &mut Vec::new()).is_err(), "{at:#x}");
         }
+        let other = Blocks::new(&base);
+        other.bytes(Addr(0x1000), 0x5_2000).unwrap();
+        // One page is not known to be the same; a block of it is read again, and nothing else.
+        let same = [
+            (Addr(0x1000), Addr(0x2_5000)),
+            (Addr(0x2_5000), Addr(0x4_1000)),
+            (Addr(0x4_2000), Addr(0x5_3000)),
+        ];
+        let before = base.0.load(Ordering::Relaxed);
+        let again = Blocks::again(&base, other.into_read(), &same);
+        let plain = base.bytes(Addr(0x1000), 0x5_2000).unwrap();
+        assert_eq!(again.bytes(Addr(0x1000), 0x5_2000).unwrap(), plain);
+        assert_eq!(base.0.load(Ordering::Relaxed) - before, 2, "the plain read, and one block");
+
         let before = base.0.load(Ordering::Relaxed);
         for _ in 0..100 {
             blocks.u64(Addr(0x2_0000)).unwrap();

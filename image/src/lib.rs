@@ -32,7 +32,7 @@ mod writer;
 
 pub use self::core::{export_core, export_core_file};
 pub use addr::{Addr, Fd, LinkAddr, Pid, Tid};
-pub use blocks::Blocks;
+pub use blocks::{Blocks, ReadBlocks};
 pub use elf::{DebugDirs, ElfError, ElfFile};
 pub use error::ImageError;
 pub use format::{PAGE, RecordKind};

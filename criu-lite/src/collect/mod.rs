@@ -455,7 +455,7 @@ struct Before<'a> {
 }
 
 /// From so many sockets on the process is asked about them.
-const MANY: usize = 32;
+const MANY: usize = 256;
 
 impl<'a> Before<'a> {
     fn new(known: &'a [proto::Fd]) -> Self {

@@ -95,6 +95,7 @@ fn change(
     rehearsal: &mut Rehearsal,
     clock: &mut Clock,
 ) -> Result<Changed, UpdateError> {
+    let read = std::mem::take(&mut rehearsal.read);
     let outcome = &rehearsal.outcome;
     // The copy stands still: what it made is read before the pause.
     let host = rehearsal.guard.host()?;
@@ -117,10 +118,16 @@ fn change(
 
     let living = Arc::clone(frozen.memory());
     living.refresh();
-    let memory = Blocks::new(&*living);
+    let large: Vec<_> = process.vmas.iter().filter(|v| is_large(v)).collect();
+    let mut same = Vec::new();
+    for v in &large {
+        // What the kernel does not tell is read again.
+        let (start, end) = (Addr(v.start), Addr(v.end));
+        same.extend(mcr_criu_lite::same_pages(pid, host.pid(), start, end).unwrap_or_default());
+    }
+    let memory = Blocks::again(&*living, read, &same);
     let modules = Arc::clone(&collected.modules);
     let (patch, heap) = std::thread::scope(|s| {
-        let large: Vec<_> = process.vmas.iter().filter(|v| is_large(v)).collect();
         if !large.is_empty() {
             let memory = &memory;
             s.spawn(move || read_ahead(pid, &large, memory));

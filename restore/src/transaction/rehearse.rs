@@ -8,7 +8,7 @@ use crate::boot::{BootOutcome, Fate, Host, fates};
 use crate::inplace::{leftovers, refreshed};
 use crate::link::{Span, WriteList};
 use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory};
-use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, Region, proto};
+use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, ReadBlocks, Region, proto};
 use mcr_transform::Prepared;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +30,8 @@ pub(super) struct Rehearsal {
     pub(super) history: History,
     /// Memory that earlier updates left and that nothing points into.
     pub(super) unreferenced: Vec<Span>,
+    /// What was read of the old process's memory as it was copied.
+    pub(super) read: ReadBlocks,
 }
 
 /// The old process's memory as it was when the copy was made: the boot takes some of it out of the copy, so
@@ -144,7 +146,9 @@ pub(super) fn rehearse(
     let both = (programs, prepared);
     check_all(&view, (&booted, &outcome.modules), &old, heap.as_ref(), both, &mut list, options)?;
     clock.lap("relations", false);
-    Ok(Rehearsal { guard, outcome, patch, list, process, history, unreferenced })
+    drop(view);
+    let read = memory.into_read();
+    Ok(Rehearsal { guard, outcome, patch, list, process, history, unreferenced, read })
 }
 
 /// Copies of engines that were killed are collected in the old process, which knows nothing of them.
