@@ -215,9 +215,8 @@ fn pipes_stay_together_whatever_old_was_started_with() {
 fn what_no_image_holds_stays_where_it_is() {
     let dir = support::scratch("foreign");
     std::fs::create_dir_all(&dir).unwrap();
-    let versions = ["-DAGAIN", "-DTWICE"].map(|v| {
-        build_source("boot_server.c", &format!("foreign{v}"), &["-DFOREIGN", v])
-    });
+    let versions = ["-DAGAIN", "-DTWICE"]
+        .map(|v| build_source("boot_server.c", &format!("foreign{v}"), &["-DFOREIGN", v]));
     let server = Server::start(&versions[0], &["PORT", dir.to_str().unwrap()]);
     let mut a = server.connect();
     assert_eq!(a.ask("PING"), "PONG");

@@ -242,9 +242,17 @@ impl FdPlan {
             number += 1;
         }
         match self.old.get(&number) {
-            Some(o) if !fits(kind, &o.kind) => Some(self.above),
+            Some(o) if !fits(kind, &o.kind) && !self.passes(kind, &o.kind, &taken) => Some(self.above),
             _ => (number != natural).then_some(number),
         }
+    }
+
+    /// Whether a fresh file may stay at the number of something that start-up makes later: it was open there while old
+    /// started, too. The same file is at another number in the end, and this one is not a connection's.
+    fn passes(&self, kind: &Kind, at: &Kind, taken: impl Fn(i32) -> bool) -> bool {
+        let later = |(n, o): (&i32, &OldFd)| *n > 2 && o.kind == *kind && !taken(*n);
+        let made_by_start_up = !matches!(at, Kind::Socket { connected: true, .. } | Kind::Other);
+        matches!(kind, Kind::File { .. }) && made_by_start_up && self.old.iter().any(later)
     }
 
     /// Where the second of two fresh objects has to move whose first the kernel put at `first`, a number that old was
@@ -368,6 +376,27 @@ mod tests {
         // A client's connection must not be taken for a fresh socket.
         assert_eq!(p.relocation(6, &SOCK, free), Some(7));
         assert_eq!(p.relocation(7, &Kind::Other, free), None);
+    }
+
+    /// A log that is opened first, kept while the start-up goes on, and closed when the real one is open.
+    #[test]
+    fn a_file_that_is_open_for_a_while_shifts_nothing() {
+        let log = || Object::File(proto::File { dev: 1, ino: 9, ..Default::default() });
+        let p = FdPlan::new(&[
+            fd(3, Object::Epoll(proto::Epoll::default())),
+            proto::Fd { cloexec: true, ..fd(4, log()) },
+            fd(5, tcp(TCP_LISTEN, 7000)),
+            fd(6, tcp(1, 7000)),
+        ]);
+        let free = |_| false;
+        let file = Kind::File { dev: 1, ino: 9 };
+        assert_eq!(p.relocation(3, &file, free), None);
+        assert_eq!(p.relocation(4, &file, |n| n == 3), None);
+        assert_eq!(p.relocation(5, &SOCK, |n| matches!(n, 3 | 4)), None);
+        // One more of it has no place; and never one that is a client's.
+        assert_eq!(p.relocation(3, &file, |n| n == 4), Some(7));
+        assert_eq!(p.relocation(6, &file, free), Some(7));
+        assert_eq!(p.relocation(3, &Kind::File { dev: 1, ino: 8 }, free), Some(7));
     }
 
     #[test]

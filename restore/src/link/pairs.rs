@@ -336,7 +336,9 @@ impl<'a> Pairs<'a> {
         let word = |b: &[u8]| u64::from_le_bytes(b.try_into().unwrap_or_default());
         for (i, (n, o)) in n.chunks_exact(8).zip(o.chunks_exact(8)).enumerate() {
             let (n, o) = (word(n), word(o));
-            if n != 0 && o != 0 && n != o && self.native_heap.find(Addr(n)).is_some() {
+            // Memory that malloc gave may hold words of its last owner: an address at the same place is no evidence
+            // before what it leads to looks alike.
+            if n != 0 && o != 0 && n != o && self.alike(Addr(n), Addr(o)) {
                 let path = self.paths.step(path, Step::Opaque(8 * i as u64));
                 self.pointer(TypeId::VOID, n, o, path, ev.max(Evidence::Opaque));
             }
