@@ -105,6 +105,10 @@ pub fn refreshed(outcome: &BootOutcome, old: &proto::Process, fates: &[Fate]) ->
     vmas.sort_by_key(|v| v.start);
     booted.vmas = vmas;
     booted.in_place = true;
+    // The heap may have grown since the start-up was told where it ends: libc would cut it off there.
+    if let Some(mm) = &old.mm {
+        booted.brk = Addr(mm.brk);
+    }
     booted
 }
 
