@@ -209,6 +209,38 @@ fn sixty_four_threads_change_together() {
     }
 }
 
+/// What the server's heap gains between the rehearsal and the pause is there afterwards, and libc knows where it ends.
+#[test]
+fn a_heap_that_grows_meanwhile_stays_whole() {
+    let mut t = Target::start(2);
+    let mut busy = t.server.connect();
+    for round in 0..3 {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let added = std::thread::scope(|s| {
+            let adding = s.spawn(|| {
+                let mut n = 0;
+                // Over the whole rehearsal, each time more than malloc asks the kernel for in one go.
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) && n < 20_000 {
+                    std::thread::sleep(Duration::from_millis(10));
+                    assert_eq!(busy.ask("MANY"), "OK");
+                    n += 500;
+                }
+                n
+            });
+            let end = t.engine(|| ()).end();
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            let added = adding.join().unwrap();
+            assert!(end.done, "round {round}: {}", end.text);
+            added
+        });
+        t.items += added;
+        t.judge(&format!("round {round}, {added} items came meanwhile"));
+        assert_eq!(busy.ask("MANY"), "OK");
+        t.items += 500;
+        t.judge("and more after it");
+    }
+}
+
 #[test]
 fn a_panic_of_the_engine_leaves_old_or_new() {
     let mut t = Target::start(1);

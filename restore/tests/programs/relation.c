@@ -1,6 +1,6 @@
 /* A server that checks itself from inside. "relation PORT THREADS": a list of items with back pointers and a sum,
-   and workers that each know themselves. CHECK walks all of it; ADD makes an item; USR1 counts signals. With -DB an
-   item is larger. */
+   and workers that each know themselves. CHECK walks all of it; ADD makes an item, MANY makes 500; USR1 counts
+   signals. With -DB an item is larger. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -136,6 +136,9 @@ static void serve(int fd)
 	}
 	if (b[0] == 'A')
 		add();
+	else if (b[0] == 'M')
+		for (int i = 0; i < 500; i++)
+			add();
 	else
 		check(out, sizeof out);
 	if (write(fd, out, strlen(out)) < 0)
