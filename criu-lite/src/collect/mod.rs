@@ -534,7 +534,7 @@ fn object(view: &View<'_>, o: &Open<'_>, net: &NetTables) -> Result<Object, Coll
         _ => match link {
             b"anon_inode:[eventpoll]" => Object::Epoll(epoll::collect(o)),
             b"anon_inode:[eventfd]" => Object::Eventfd(eventfd::collect(o)),
-            b"anon_inode:[timerfd]" => Object::Timerfd(timerfd::collect(o)),
+            b"anon_inode:[timerfd]" => Object::Timerfd(timerfd::collect(view, o)),
             b"anon_inode:[signalfd]" => Object::Signalfd(signalfd::collect(o)),
             l if l.starts_with(b"anon_inode:") => Object::Foreign(foreign::collect(view, o, net.foreign)?),
             _ => Object::File(file::collect(view, o)?),
