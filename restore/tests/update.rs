@@ -123,44 +123,61 @@ fn record_locks_go_with_the_update() {
     assert!(held, "process {pid} holds the lock: {locks}");
 }
 
-/// Updates a server that was started with descriptors at these numbers to one that has a descriptor more, and
-/// looks whether both versions' own are there.
-fn grows_by_one(inherited: &[(RawFd, RawFd)], flags: &str) {
-    let server = Server::start_with(&plain(), &["PORT"], inherited);
-    let mut a = server.connect();
-    assert_eq!(a.ask("PING"), "PONG");
-    // The listener and this connection: the one that Server::start made has been closed.
-    let own = |links: &BTreeMap<i32, String>| {
-        links
-            .iter()
-            .filter(|(n, l)| l.starts_with("socket:") && !inherited.iter().any(|(i, _)| i == *n))
-            .count()
-    };
-    let before = support::eventually(|| Some(support::links(server.pid())).filter(|l| own(l) == 2));
-    let new = build_source("boot_server.c", &format!("extra-{flags}"), &[&format!("-DEXTRA={flags}")]);
-    let r = update(server.pid(), &new, &options()).unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
-    let _new = support::Reaper(r.pid);
-    let after = support::links(r.pid);
-    assert_eq!(a.ask("PING"), "PONG", "{before:?} {after:?}");
-    assert_eq!(server.connect().ask("PING"), "PONG", "{before:?} {after:?}");
-    for (n, link) in &before {
-        assert_eq!(after.get(n), Some(link), "{before:?} {after:?}");
+/// Updates a server that was started with descriptors at these numbers to one that has a descriptor more, made
+/// by this expression, and looks whether both versions' own are there.
+fn grows_by_one(inherited: &[(RawFd, RawFd)], name: &str, extra: &str) {
+    let new = build_source("boot_server.c", &format!("extra-{name}"), &[&format!("-DEXTRA={extra}")]);
+    // The lowest number that is free lies between those that are used, or behind them.
+    for gap in [true, false] {
+        let server = Server::start_with(&plain(), &["PORT"], inherited);
+        let own = |links: &BTreeMap<i32, String>| {
+            links
+                .iter()
+                .filter(|(n, l)| l.starts_with("socket:") && !inherited.iter().any(|(i, _)| i == *n))
+                .count()
+        };
+        let has = |n| support::eventually(|| Some(support::links(server.pid())).filter(|l| own(l) == n));
+        let connected = || {
+            let mut c = server.connect();
+            assert_eq!(c.ask("PING"), "PONG");
+            c
+        };
+        // Once this is answered, the one that Server::start made has been seen, too.
+        drop(connected());
+        has(1);
+        let before_it = gap.then(connected);
+        let mut a = connected();
+        drop(before_it);
+        let before = has(2);
+        let r = update(server.pid(), &new, &options()).unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
+        let after = support::links(r.pid);
+        assert_eq!(a.ask("PING"), "PONG", "{before:?} {after:?}");
+        assert_eq!(server.connect().ask("PING"), "PONG", "{before:?} {after:?}");
+        for (n, link) in &before {
+            assert_eq!(after.get(n), Some(link), "{before:?} {after:?}");
+        }
+        let more: Vec<_> = after.iter().filter(|(n, _)| !before.contains_key(n)).collect();
+        let [(number, link)] = more[..] else { panic!("{before:?} {after:?}") };
+        let kind = extra.starts_with("eventfd").then_some("anon_inode:[eventfd]");
+        assert_eq!(link, kind.unwrap_or("anon_inode:[eventpoll]"));
+        let closes = mcr_restore::fds::open_flags(r.pid.0, *number) & libc::O_CLOEXEC != 0;
+        assert_eq!(closes, extra.contains("CLOEXEC"));
     }
-    let more: Vec<_> = after.iter().filter(|(n, _)| !before.contains_key(n)).collect();
-    let [(number, link)] = more[..] else { panic!("{before:?} {after:?}") };
-    assert_eq!(link, "anon_inode:[eventfd]");
-    let closes = mcr_restore::fds::open_flags(r.pid.0, *number) & libc::O_CLOEXEC != 0;
-    assert_eq!(closes, flags == "EFD_CLOEXEC");
 }
 
 #[test]
 fn an_added_descriptor_closes_on_exec_if_the_new_version_says_so() {
-    grows_by_one(&[], "EFD_CLOEXEC");
+    grows_by_one(&[], "closing", "eventfd(7,EFD_CLOEXEC)");
 }
 
 #[test]
 fn an_added_descriptor_makes_room_for_the_old_ones() {
-    grows_by_one(&[], "0");
+    grows_by_one(&[], "eventfd", "eventfd(7,0)");
+}
+
+#[test]
+fn an_added_epoll_object_makes_room_for_the_old_ones() {
+    grows_by_one(&[], "epoll", "epoll_create1(EPOLL_CLOEXEC)");
 }
 
 #[test]
@@ -171,13 +188,18 @@ fn descriptors_that_old_was_started_with_shift_nothing() {
     let (p, w) = (reader.as_raw_fd(), writer.as_raw_fd());
     let null = std::fs::File::options().read(true).write(true).open("/dev/null").unwrap();
     let n = null.as_raw_fd();
-    grows_by_one(&[(3, w)], "0");
-    grows_by_one(&[(4, p)], "0");
-    grows_by_one(&[(5, n)], "0");
-    grows_by_one(&[(6, w)], "0");
-    grows_by_one(&[(7, n)], "0");
-    grows_by_one(&[(3, p), (5, w), (7, n)], "0");
-    grows_by_one(&[(3, n), (4, n), (5, w), (6, w), (8, p), (9, n), (30, w)], "0");
+    let sets: [&[(RawFd, RawFd)]; 7] = [
+        &[(3, w)],
+        &[(4, p)],
+        &[(5, n)],
+        &[(6, w)],
+        &[(7, n)],
+        &[(3, p), (5, w), (7, n)],
+        &[(3, n), (4, n), (5, w), (6, w), (8, p), (9, n), (30, w)],
+    ];
+    for inherited in sets {
+        grows_by_one(inherited, "eventfd", "eventfd(7,0)");
+    }
 }
 
 /// The ends of pipes and pairs that the new version makes meet those of the old one, although what the old one was

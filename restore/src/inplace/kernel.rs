@@ -7,7 +7,7 @@ use crate::link::{KernelCall, NewThread};
 use mcr_criu_lite::tracee::commit::{Call, CommitPlan, result_of};
 use mcr_image::proto::fd::Object;
 use mcr_image::{Addr, proto};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// RSEQ_FLAG_UNREGISTER (include/uapi/linux/rseq.h, Linux 4.18).
 const RSEQ_UNREGISTER: u64 = 1;
@@ -69,16 +69,37 @@ pub(super) fn epolls(input: &Input<'_>, plan: &mut CommitPlan) {
     }
 }
 
+/// Descriptor numbers that are taken when the calls run. Nobody else runs then: whatever is opened gets the lowest
+/// number that is free.
+pub(super) struct Numbers(HashSet<i32>);
+
+impl Numbers {
+    fn new(input: &Input<'_>) -> Self {
+        let old = input.old.fds.iter().map(|f| f.number as i32);
+        let epolls = |n: &i32| input.outcome.booted.epolls.iter().any(|e| e.fd.0 == *n);
+        // What only the new version has is handed over before, but for epoll objects.
+        let given = input.outcome.booted.new_only_fds.iter().map(|f| f.0.0).filter(|n| !epolls(n));
+        Self(old.chain(given).collect())
+    }
+
+    fn take(&mut self, number: i32) -> Result<(), Stale> {
+        if self.0.insert(number) { Ok(()) } else { Err(Stale::Descriptor(number)) }
+    }
+
+    /// What an open would return.
+    pub(super) fn lowest(&self) -> i32 {
+        (0..).find(|n| !self.0.contains(n)).unwrap_or_default()
+    }
+}
+
 /// Descriptors that the new version knows by another number get both; epoll objects that only it has are made.
-/// (Everything else that only it has was handed over before.)
-pub(super) fn descriptors(input: &Input<'_>, plan: &mut CommitPlan) -> Result<(), Stale> {
+pub(super) fn descriptors(input: &Input<'_>, plan: &mut CommitPlan) -> Result<Numbers, Stale> {
     let booted = &input.outcome.booted;
+    let mut numbers = Numbers::new(input);
     let old = |n: i32| input.old.fds.iter().find(|f| f.number == n as u32);
     let word = |n: i32| u64::from(n as u32);
     for m in booted.fds.iter().filter(|m| m.new_fd != m.old_fd) {
-        if old(m.new_fd.0).is_some() {
-            return Err(Stale::Descriptor(m.new_fd.0));
-        }
+        numbers.take(m.new_fd.0)?;
         let cloexec = old(m.old_fd.0).is_some_and(|f| f.cloexec);
         let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
         plan.calls.push(
@@ -87,18 +108,20 @@ pub(super) fn descriptors(input: &Input<'_>, plan: &mut CommitPlan) -> Result<()
         );
     }
     for e in booted.epolls.iter().filter(|e| e.old_fd.is_none()) {
-        if old(e.fd.0).is_some() {
-            return Err(Stale::Descriptor(e.fd.0));
-        }
+        let made = numbers.lowest();
+        numbers.take(e.fd.0)?;
         let flags = libc::EPOLL_CLOEXEC as u64;
         plan.calls.push(Call::new(libc::SYS_epoll_create1, &[flags]).undo(libc::SYS_close, &[result_of(0)]));
-        plan.calls.push(
-            Call::new(libc::SYS_dup3, &[result_of(1), word(e.fd.0), flags])
-                .undo(libc::SYS_close, &[word(e.fd.0)]),
-        );
-        plan.calls.push(Call::new(libc::SYS_close, &[result_of(2)]));
+        // dup3(2): EINVAL where both are the same.
+        if made != e.fd.0 {
+            plan.calls.push(
+                Call::new(libc::SYS_dup3, &[result_of(1), word(e.fd.0), flags])
+                    .undo(libc::SYS_close, &[word(e.fd.0)]),
+            );
+            plan.calls.push(Call::new(libc::SYS_close, &[result_of(2)]));
+        }
     }
-    Ok(())
+    Ok(numbers)
 }
 
 fn altstack(a: &proto::AltStack) -> Vec<u8> {

@@ -136,9 +136,9 @@ pub fn plan(input: &Input<'_>) -> Result<InPlace, PlanError> {
     let mut findings = Vec::new();
     let mut commit = CommitPlan::default();
     kernel::actions(input, &mut commit);
-    kernel::descriptors(input, &mut commit)?;
+    let numbers = kernel::descriptors(input, &mut commit)?;
     kernel::epolls(input, &mut commit);
-    let exe_call = program::lay(input, &memory, &mut commit)?;
+    let exe_call = program::lay(input, &memory, numbers.lowest() as u64, &mut commit)?;
     timers::timers(input, &mut commit)?;
     let retained = |a: Addr| {
         fated

@@ -4,7 +4,7 @@ use super::{Input, MemoryPlan, PlanError, Stale, unsupported};
 use crate::link::Span;
 use mcr_criu_lite::tracee::commit::{Call, CommitPlan, result_of};
 use mcr_image::Addr;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 const PAGE: u64 = 4096;
@@ -26,8 +26,14 @@ fn protect(span: Span, prot: u32) -> Call {
     Call::new(libc::SYS_mprotect, &[span.start.0, span.len(), prot.into()])
 }
 
-/// Adds the calls. Returns the index of the `after` call that sets /proc/PID/exe.
-pub(super) fn lay(input: &Input<'_>, memory: &MemoryPlan, plan: &mut CommitPlan) -> Result<usize, PlanError> {
+/// Adds the calls; `fd` is the number that the first of them to open a file will get. Returns the index of the `after`
+/// call that sets /proc/PID/exe.
+pub(super) fn lay(
+    input: &Input<'_>,
+    memory: &MemoryPlan,
+    fd: u64,
+    plan: &mut CommitPlan,
+) -> Result<usize, PlanError> {
     let filled = |s: Span| memory.fills.iter().any(|f| s.contains(f.addr));
     // Files by path; each is opened by the process itself, as the start-up did.
     let mut files: BTreeMap<PathBuf, Vec<(Span, u32, u64)>> = BTreeMap::new();
@@ -54,7 +60,6 @@ pub(super) fn lay(input: &Input<'_>, memory: &MemoryPlan, plan: &mut CommitPlan)
             None => plan.calls.push(anonymous(m.span, prot)),
         }
     }
-    let fd = free_descriptor(input);
     let exe = input.outcome.booted.modules.iter().find(|m| m.is_exe).map(|m| m.path.clone());
     let exe = exe
         .filter(|p| files.contains_key(p))
@@ -65,7 +70,6 @@ pub(super) fn lay(input: &Input<'_>, memory: &MemoryPlan, plan: &mut CommitPlan)
     for (path, maps) in &files {
         let name = plan.put(&[path.as_os_str().as_encoded_bytes(), &[0]].concat());
         let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
-        // Everything stands still: the lowest free number is the one that it gets.
         plan.calls.push(
             Call::new(libc::SYS_openat, &[libc::AT_FDCWD as u64, name, flags, 0])
                 .undo(libc::SYS_close, &[fd]),
@@ -134,12 +138,6 @@ pub(super) fn lay(input: &Input<'_>, memory: &MemoryPlan, plan: &mut CommitPlan)
     plan.after.push(Call::new(libc::SYS_close, &[fd]));
     plan.after.push(Call::new(libc::SYS_munmap, &[vector_at.0, vector]));
     Ok(exe_call)
-}
-
-/// The lowest free descriptor number.
-fn free_descriptor(input: &Input<'_>) -> u64 {
-    let taken: HashSet<u64> = input.old.fds.iter().map(|f| f.number.into()).collect();
-    (0..).find(|n| !taken.contains(n)).unwrap_or_default()
 }
 
 /// A free range behind the new version's own memory.

@@ -22,6 +22,7 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|a| a == synthetic::HALF) {
         return synthetic::half(&args[2]);
     }
+    support::keep_to_ourselves();
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(keeping::trials());
     trials.extend(synthetic::trials());
