@@ -23,5 +23,5 @@ pub use freeze::{FreezeError, FreezeOptions, Frozen, await_end, reap_hidden, tid
 pub use memory::ProcessMemory;
 pub use quiesce::{QuiesceError, QuiesceOptions, ThreadState};
 pub use snapshot::{own_pages, same_pages};
-pub use sys::{interrupted, pidfd_getfd, set_interrupted};
+pub use sys::{interrupted, pidfd_getfd, pidfd_open, set_interrupted};
 pub use tracee::{Agent, Blocked, Call, CloneFlags, Resume, Scratch, Stop, TraceError, Tracee, blocked_call};

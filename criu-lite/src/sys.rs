@@ -25,7 +25,7 @@ pub(crate) fn check(r: i64) -> Result<i64, Errno> {
 }
 
 /// pidfd_open(2) (5.3).
-pub(crate) fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
+pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: plain numbers go in.
     let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     // SAFETY: a fresh descriptor that nobody else owns.

@@ -309,8 +309,8 @@ fn receive<I: Inject>(target: &mut I, channel: RawFd) -> Result<Vec<RawFd>, Inst
 
 /// Copies of a stopped process's open files (pidfd_getfd(2)).
 pub fn take_copies(pid: i32, numbers: &[Fd]) -> io::Result<Vec<OwnedFd>> {
-    let pidfd = sys::pidfd_open(pid)?;
-    numbers.iter().map(|n| sys::pidfd_getfd(pidfd.as_fd(), n.0)).collect()
+    let pidfd = mcr_criu_lite::pidfd_open(pid)?;
+    numbers.iter().map(|n| Ok(mcr_criu_lite::pidfd_getfd(pidfd.as_fd(), n.0)?)).collect()
 }
 
 /// The flags of another process's descriptor, O_CLOEXEC with them (proc_pid_fdinfo(5)); 0 if there is none.

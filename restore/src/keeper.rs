@@ -159,14 +159,15 @@ impl Keeper {
         options: &KeeperOptions,
     ) -> Result<Option<Self>, KeeperError> {
         sys::raise_open_files();
-        let pidfd = sys::pidfd_open(process.pid as i32).map_err(call("pidfd_open of the frozen process"))?;
+        let pidfd = mcr_criu_lite::pidfd_open(process.pid as i32)
+            .map_err(call("pidfd_open of the frozen process"))?;
         let mut kept: Vec<Kept> = Vec::new();
         let mut seen = std::collections::HashSet::new();
         for fd in &mut process.fds {
             if let Some(ino) = mark_kept(fd)
                 && seen.insert(fd.ofd)
             {
-                let copy = sys::pidfd_getfd(pidfd.as_fd(), fd.number as i32)
+                let copy = mcr_criu_lite::pidfd_getfd(pidfd.as_fd(), fd.number as i32)
                     .map_err(call("pidfd_getfd of a descriptor to keep"))?;
                 kept.push(Kept { ofd: fd.ofd, ino, fd: copy });
             }

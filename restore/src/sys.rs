@@ -244,12 +244,6 @@ pub fn memfd(name: &str) -> io::Result<OwnedFd> {
     owned(check(i64::from(r))?)
 }
 
-/// pidfd_open(2).
-pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers are passed.
-    owned(check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?)
-}
-
 /// The wait status of a process that its parent has collected (Linux 6.15; none before).
 pub fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
     // struct pidfd_info: a mask, then numbers of 32 bits, the status last.
@@ -260,12 +254,6 @@ pub fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
     // SAFETY: the request says that it reads and writes 64 bytes, and `info` has them.
     let r = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, info.as_mut_ptr()) };
     (r == 0 && info[0] & PIDFD_INFO_EXIT != 0).then_some(info[15] as i32)
-}
-
-/// pidfd_getfd(2): a descriptor of ours for the open file behind `fd` in the other process.
-pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers are passed.
-    owned(check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?)
 }
 
 /// Takes over a descriptor that an exec handed down by number.

@@ -129,7 +129,7 @@ pub struct Watch {
 impl Watch {
     /// Begins to watch a living process.
     pub fn begin(pid: Pid) -> std::io::Result<Self> {
-        let pidfd = sys::pidfd_open(pid.0)?;
+        let pidfd = mcr_criu_lite::pidfd_open(pid.0)?;
         let path = PathBuf::from(format!("/proc/{pid}/fd/2"));
         // Only a regular file: to open anything else can have effects.
         let file = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_file);
@@ -227,7 +227,7 @@ impl Watch {
             .map_err(io)?;
         let output = Output::of(said);
         let id = nix::unistd::Pid::from_raw(child.id() as i32);
-        let ended_in_time = sys::pidfd_open(id.as_raw()).map_err(io).and_then(|fd| {
+        let ended_in_time = mcr_criu_lite::pidfd_open(id.as_raw()).map_err(|e| io(e.into())).and_then(|fd| {
             let end = Instant::now() + limit;
             loop {
                 let left = end.saturating_duration_since(Instant::now());

@@ -2,12 +2,13 @@
 
 use super::error::{BootError, Result};
 use super::ptrace::{self, Stop, Waiter};
-use mcr_criu_lite::ProcessMemory;
+use crate::sys;
 use mcr_criu_lite::procfs::maps::{self, MapsLine};
+use mcr_criu_lite::{ProcessMemory, pidfd_getfd, pidfd_open};
 use mcr_image::{Addr, Memory, Pid, Regs, Tid, proto};
 use nix::errno::Errno;
 use nix::sys::socket::{UnixAddr, getpeername, getsockname};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -171,17 +172,23 @@ impl Host {
 
     /// What a socket of the host is.
     pub(super) fn socket_kind(&self, fd: i32) -> Result<SocketKind> {
-        let ask = || {
-            let s = ptrace::duplicate_fd(self.pid.0, fd)?;
-            let family = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
-            let kind = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_TYPE)?;
-            let protocol = ptrace::socket_option(&s, libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
+        let ask = || -> std::io::Result<SocketKind> {
+            let pidfd = pidfd_open(self.pid.0)?;
+            let s = pidfd_getfd(pidfd.as_fd(), fd)?;
+            let option = |name| {
+                let value = sys::getsockopt(s.as_fd(), libc::SOL_SOCKET, name, 4)?;
+                let value =
+                    value.try_into().map_err(|_| std::io::Error::other("an option that is no int"))?;
+                std::io::Result::Ok(i32::from_ne_bytes(value))
+            };
+            let family = option(libc::SO_DOMAIN)?;
+            let (kind, protocol) = (option(libc::SO_TYPE)?, option(libc::SO_PROTOCOL)?);
             let unnamed = |a: nix::Result<UnixAddr>| a.is_ok_and(|a| a.is_unnamed());
             let fd = s.as_raw_fd();
             let pair = family == libc::AF_UNIX && unnamed(getsockname(fd)) && unnamed(getpeername(fd));
             Ok(SocketKind { family, kind, protocol, pair })
         };
-        ask().map_err(|e| BootError::step(format!("looking at descriptor {fd} of the new version"), e))
+        ask().map_err(|e| BootError::io(format!("looking at descriptor {fd} of the new version"), e))
     }
 
     /// What a descriptor is, as /proc shows it.

@@ -3,7 +3,6 @@
 
 use mcr_image::{Regs, Tid};
 use nix::errno::Errno;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// NT_X86_XSTATE (include/uapi/linux/elf.h).
@@ -286,27 +285,4 @@ impl Drop for Alarm {
         // SAFETY: deleted once.
         unsafe { libc::timer_delete(self.timer) };
     }
-}
-
-/// A duplicate of a descriptor of the host (pidfd_getfd(2), Linux 5.6), to ask the kernel about it.
-pub(super) fn duplicate_fd(pid: i32, fd: i32) -> std::result::Result<OwnedFd, Errno> {
-    // SAFETY: plain numbers go in, fresh descriptors that nobody else owns come out.
-    unsafe {
-        let pidfd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
-        if pidfd < 0 {
-            return Err(Errno::last());
-        }
-        let pidfd = OwnedFd::from_raw_fd(pidfd as i32);
-        let got = libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0);
-        if got < 0 { Err(Errno::last()) } else { Ok(OwnedFd::from_raw_fd(got as i32)) }
-    }
-}
-
-/// An integer option of a socket.
-pub(super) fn socket_option(fd: &OwnedFd, level: i32, name: i32) -> std::result::Result<i32, Errno> {
-    let mut value = 0i32;
-    let mut len = 4u32;
-    // SAFETY: value and len are live and len tells value's size.
-    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &mut len) };
-    if r < 0 { Err(Errno::last()) } else { Ok(value) }
 }

@@ -3,7 +3,6 @@
 
 use super::RebuildError;
 use super::remote::Remote;
-use crate::sys;
 use mcr_image::{Pid, Tid, proto};
 use std::io;
 use std::os::fd::AsFd;
@@ -24,7 +23,7 @@ pub(super) fn ids_free(process: &proto::Process, threads: bool, wait: Duration) 
 }
 
 fn reaped(pid: i32, wait: Duration) -> Result<(), RebuildError> {
-    let Ok(pidfd) = sys::pidfd_open(pid) else {
+    let Ok(pidfd) = mcr_criu_lite::pidfd_open(pid) else {
         // Free, or the number of a thread that is no process.
         return match std::fs::metadata(format!("/proc/{pid}")) {
             Ok(_) => Err(RebuildError::IdInUse { what: "pid", id: pid, by: describe(pid) }),
