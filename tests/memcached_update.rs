@@ -1,32 +1,19 @@
 //! memcached, unprepared: four workers under load, changed in place to a build whose `conn` and `settings` differ.
 
-use crate::support::{Check, Server, cache_dir, expect_mcr, free_port, reported_pid, scratch};
+use crate::support::servers::{Load, builds, under_load};
+use crate::support::{Check, Server, expect_mcr, free_port, reported_pid, scratch};
 use crate::{Case, ensure};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 pub fn cases(list: bool) -> Vec<Case> {
     // Listing the tests builds nothing.
-    let reason = if list { None } else { builds().err() };
-    vec![Case::new("memcached: four workers under load, there and back again", under_load).skip_if(reason)]
-}
-
-/// The server as it is, and with changed structures; or the reason why there is none.
-fn builds() -> Result<(PathBuf, PathBuf), String> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/memcached.sh");
-    let out = Command::new("sh").arg(script).arg(cache_dir().join("memcached")).output();
-    let out = out.map_err(|e| format!("sh: {e}"))?;
-    if !out.status.success() {
-        return Err(String::from_utf8_lossy(&out.stderr).trim().to_owned());
-    }
-    let said = String::from_utf8_lossy(&out.stdout).into_owned();
-    let path =
-        |build: &str| said.lines().find_map(|l| l.strip_prefix(build)?.strip_prefix(' ').map(PathBuf::from));
-    path("plain").zip(path("changed")).ok_or_else(|| format!("memcached.sh said {said:?}"))
+    let reason = if list { None } else { builds::<2>("memcached").err() };
+    vec![
+        Case::new("memcached: four workers under load, there and back again", there_and_back).skip_if(reason),
+    ]
 }
 
 /// A connection in the text protocol.
@@ -88,11 +75,11 @@ fn value(i: u64) -> String {
 }
 
 /// Counts as fast as it can; every reply is checked, so a lost or doubled one is seen. The longest wait in µs.
-fn count(port: u16, me: u64, stop: &AtomicBool, replies: &AtomicU64) -> Result<u64, String> {
+fn count(port: u16, me: usize, load: &Load) -> Result<u64, String> {
     let mut c = Client::connect(port).map_err(|e| e.to_string())?;
     c.expect(&format!("set counter{me} 0 0 1\r\n0\r\n"), "STORED")?;
     let (mut n, mut longest) = (0u64, 0u64);
-    while !stop.load(Ordering::Relaxed) {
+    while load.goes_on() {
         let start = Instant::now();
         n += 1;
         c.expect(&format!("incr counter{me} 1\r\n"), &n.to_string())?;
@@ -101,13 +88,13 @@ fn count(port: u16, me: u64, stop: &AtomicBool, replies: &AtomicU64) -> Result<u
         c.expect(&format!("set {key} 0 0 {}\r\n{v}\r\n", v.len()), "STORED")?;
         c.get(&key, &v)?;
         longest = longest.max(start.elapsed().as_micros() as u64);
-        replies.fetch_add(3, Ordering::Relaxed);
+        load.got(3);
     }
     Ok(longest)
 }
 
-fn under_load() -> Check {
-    let (plain, changed) = builds()?;
+fn there_and_back() -> Check {
+    let [(_, changed), (_, plain)] = builds("memcached")?;
     let dir = scratch();
     let port = free_port();
     let port_text = port.to_string();
@@ -117,10 +104,7 @@ fn under_load() -> Check {
             .current_dir(dir.path()),
         None,
     );
-    while TcpStream::connect(("127.0.0.1", port)).is_err() {
-        ensure!(server.alive(), "memcached does not start");
-        std::thread::yield_now();
-    }
+    server.listens(port)?;
     // Connections that rest, with state of their own: half a request each.
     let mut resting: Vec<Client> =
         (0..20).map(|_| Client::connect(port)).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
@@ -129,53 +113,26 @@ fn under_load() -> Check {
         let c = &mut resting[i as usize % 20];
         c.expect(&format!("set key{i} 0 0 {}\r\n{v}\r\n", v.len()), "STORED")?;
     }
-    let (stop, replies) = (AtomicBool::new(false), AtomicU64::new(0));
-    std::thread::scope(|s| -> Check {
-        let load: Vec<_> = (0..6)
-            .map(|me| {
-                s.spawn({
-                    let (stop, replies) = (&stop, &replies);
-                    move || count(port, me, stop, replies)
-                })
-            })
-            .collect();
-        let result = (|| -> Check {
-            for (round, to) in [&changed, &plain, &changed].into_iter().enumerate() {
-                for (i, c) in resting.iter_mut().enumerate() {
-                    c.tell(&format!("get key{i}"))?;
-                }
-                let before = replies.load(Ordering::Relaxed);
-                while replies.load(Ordering::Relaxed) < before + 60 {
-                    ensure!(
-                        !load.iter().any(std::thread::ScopedJoinHandle::is_finished),
-                        "the load has ended"
-                    );
-                    std::thread::yield_now();
-                }
-                let args = ["update", &server.pid.to_string(), "--to", &to.display().to_string(), "--json"];
-                let done = expect_mcr(0, &args)?;
-                ensure!(reported_pid(&done)? == server.pid, "another pid");
-                for (i, c) in resting.iter_mut().enumerate() {
-                    let v = value(i as u64);
-                    c.expect("\r\n", &format!("VALUE key{i} 0 {}", v.len()))?;
-                    let mut rest = vec![0; v.len() + 7];
-                    c.0.read_exact(&mut rest).map_err(|e| e.to_string())?;
-                    ensure!(rest == format!("{v}\r\nEND\r\n").as_bytes(), "round {round}: key{i}");
-                }
-                inside(&mut resting[0], &server, port)?;
+    let work = |me, load: &Load| count(port, me, load);
+    under_load(6, work, |load| {
+        for (round, to) in [&changed, &plain, &changed].into_iter().enumerate() {
+            for (i, c) in resting.iter_mut().enumerate() {
+                c.tell(&format!("get key{i}"))?;
             }
-            Ok(())
-        })();
-        stop.store(true, Ordering::Relaxed);
-        let mut longest = 0;
-        for l in load {
-            longest = longest.max(l.join().map_err(|_| "a client panicked")??);
+            load.more(60)?;
+            let args = ["update", &server.pid.to_string(), "--to", &to.display().to_string(), "--json"];
+            let done = expect_mcr(0, &args)?;
+            ensure!(reported_pid(&done)? == server.pid, "another pid");
+            for (i, c) in resting.iter_mut().enumerate() {
+                let v = value(i as u64);
+                c.expect("\r\n", &format!("VALUE key{i} 0 {}", v.len()))?;
+                let mut rest = vec![0; v.len() + 7];
+                c.0.read_exact(&mut rest).map_err(|e| e.to_string())?;
+                ensure!(rest == format!("{v}\r\nEND\r\n").as_bytes(), "round {round}: key{i}");
+            }
+            inside(&mut resting[0], &server, port)?;
         }
-        eprintln!(
-            "{} replies under load, the longest wait for three {longest} us",
-            replies.load(Ordering::Relaxed)
-        );
-        result
+        Ok(())
     })?;
     for i in 0..2000u64 {
         resting[i as usize % 20].get(&format!("key{i}"), &value(i))?;

@@ -1,13 +1,13 @@
 //! ngIRCd, unprepared, between two adjacent releases: what an operator cannot restart without throwing everybody out.
 
-use crate::support::{Check, Server, cache_dir, expect_mcr, free_port, reported_pid, scratch};
+use crate::support::servers::{Build, Load, builds, under_load};
+use crate::support::{Check, Server, expect_mcr, free_port, reported_pid, scratch};
 use crate::{Case, ensure};
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Members of the channel.
@@ -15,29 +15,12 @@ const MEMBERS: usize = 20;
 
 pub fn cases(list: bool) -> Vec<Case> {
     // Listing the tests builds nothing.
-    let reason = if list { None } else { builds().err() };
+    let reason = if list { None } else { builds::<2>("ngircd").err() };
     vec![
         Case::new("ngircd: to the next release and back, in place, while people talk", in_place)
             .skip_if(reason.clone()),
         Case::new("ngircd: to the next release through an image", through_an_image).skip_if(reason),
     ]
-}
-
-/// A release: its version, and the program.
-type Build = (String, PathBuf);
-
-/// The two newest releases, older first; or the reason why there are none.
-fn builds() -> Result<[Build; 2], String> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/ngircd.sh");
-    let out = Command::new("sh").arg(script).arg(cache_dir().join("ngircd")).output();
-    let out = out.map_err(|e| format!("sh: {e}"))?;
-    if !out.status.success() {
-        return Err(String::from_utf8_lossy(&out.stderr).trim().to_owned());
-    }
-    let said = String::from_utf8_lossy(&out.stdout).into_owned();
-    let mut all: Vec<Build> =
-        said.lines().filter_map(|l| l.split_once(' ')).map(|(v, p)| (v.into(), p.into())).collect();
-    all.split_off(all.len().saturating_sub(2)).try_into().map_err(|_| format!("ngircd.sh said {said:?}"))
 }
 
 /// Somebody on IRC.
@@ -138,10 +121,7 @@ impl Hall {
         allow(&config)?;
         let program = installed(older, dir.path())?;
         let server = Server::start(Command::new(&program).args(["-n", "-f"]).arg(&config), None);
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            ensure!(server.alive(), "ngircd does not start");
-            std::thread::yield_now();
-        }
+        server.listens(port)?;
         let mut members: Vec<User> =
             (0..MEMBERS).map(|i| User::register(port, &format!("nick{i}"))).collect::<Result<_, _>>()?;
         for u in &mut members {
@@ -203,47 +183,37 @@ impl Hall {
 
 /// Two of them talk, without end; each line must arrive. The longest way in µs: the server itself makes those wait
 /// for a second that say more than ten lines in one.
-fn talk(port: u16, pair: usize, stop: &AtomicBool, lines: &AtomicU64) -> Result<u64, String> {
+fn talk(port: u16, pair: usize, load: &Load) -> Result<u64, String> {
     let (a, b) = (format!("alice{pair}"), format!("bob{pair}"));
     let (mut alice, mut bob) = (User::register(port, &a)?, User::register(port, &b)?);
     let (mut n, mut longest) = (0u64, 0u64);
-    while !stop.load(Ordering::Relaxed) {
+    while load.goes_on() {
         let start = Instant::now();
         n += 1;
         alice.tell(&format!("PRIVMSG {b} :line {n}\r\n"))?;
         let l = bob.line()?;
         ensure!(l.starts_with(&format!(":{a}!")) && l.ends_with(&format!(":line {n}")), "line {n}: {l:?}");
         longest = longest.max(start.elapsed().as_micros() as u64);
-        lines.fetch_add(1, Ordering::Relaxed);
+        load.got(1);
     }
     Ok(longest)
 }
 
 fn in_place() -> Check {
-    let [older, newer] = builds()?;
+    let [older, newer] = builds("ngircd")?;
     let mut hall = Hall::open(&older)?;
     hall.check(&older.0, 0)?;
     let programs = [installed(&newer, hall.dir.path())?, installed(&older, hall.dir.path())?];
-    let (stop, lines, port) = (AtomicBool::new(false), AtomicU64::new(0), hall.port);
-    std::thread::scope(|s| -> Check {
-        let load: Vec<_> = (0..4)
-            .map(|pair| {
-                s.spawn({
-                    let (stop, lines) = (&stop, &lines);
-                    move || talk(port, pair, stop, lines)
-                })
-            })
-            .collect();
-        let result = (|| -> Check {
+    let port = hall.port;
+    under_load(
+        4,
+        |pair, load| talk(port, pair, load),
+        |load| {
             for round in 0..3 {
                 let (version, program) = ([&newer.0, &older.0][round % 2], &programs[round % 2]);
                 hall.says(round, &format!("before {round}"))?;
                 hall.members[5].tell("PRIVMSG #ha")?;
-                let before = lines.load(Ordering::Relaxed);
-                while lines.load(Ordering::Relaxed) < before + 8 {
-                    ensure!(!load.iter().any(|l| l.is_finished()), "the talk has ended");
-                    std::thread::yield_now();
-                }
+                load.more(8)?;
                 let pid = hall.server.pid;
                 let args = ["update", &pid.to_string(), "--to", program, "--json"];
                 ensure!(reported_pid(&expect_mcr(0, &args)?)? == pid, "another pid");
@@ -253,15 +223,8 @@ fn in_place() -> Check {
                 hall.check(version, round + 1)?;
             }
             Ok(())
-        })();
-        stop.store(true, Ordering::Relaxed);
-        let mut longest = 0;
-        for l in load {
-            longest = longest.max(l.join().map_err(|_| "a talk panicked")??);
-        }
-        eprintln!("{} lines of talk, the longest way {longest} us", lines.load(Ordering::Relaxed));
-        result
-    })?;
+        },
+    )?;
     // A kick, an operator who hands over, and everybody leaves.
     hall.members[0].tell("MODE #hall +o nick1\r\nKICK #hall nick2 :out\r\n")?;
     for u in &mut hall.members {
@@ -278,7 +241,7 @@ fn in_place() -> Check {
 }
 
 fn through_an_image() -> Check {
-    let [older, newer] = builds()?;
+    let [older, newer] = builds("ngircd")?;
     let mut hall = Hall::open(&older)?;
     hall.check(&older.0, 0)?;
     hall.members[5].tell("PRIVMSG #ha")?;

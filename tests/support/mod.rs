@@ -4,6 +4,7 @@
 pub mod kv;
 pub mod limit;
 pub mod redis;
+pub mod servers;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;

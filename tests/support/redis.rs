@@ -1,6 +1,7 @@
 //! A real server: Redis from two Debian releases, and a client that speaks RESP2.
 
-use super::{Server, cache_dir, free_port};
+use super::servers::builds;
+use super::{Server, free_port};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -12,22 +13,7 @@ use std::time::Duration;
 /// Version → server binary; or the reason why there is none.
 pub fn binaries() -> &'static Result<BTreeMap<String, PathBuf>, String> {
     static ALL: OnceLock<Result<BTreeMap<String, PathBuf>, String>> = OnceLock::new();
-    ALL.get_or_init(|| {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers/redis.sh");
-        let out = Command::new("sh")
-            .arg(script)
-            .arg(cache_dir().join("redis"))
-            .output()
-            .map_err(|e| format!("sh: {e}"))?;
-        if !out.status.success() {
-            return Err(String::from_utf8_lossy(&out.stderr).trim().to_owned());
-        }
-        Ok(String::from_utf8_lossy(&out.stdout)
-            .lines()
-            .filter_map(|l| l.split_once(' '))
-            .map(|(v, p)| (v.to_owned(), PathBuf::from(p)))
-            .collect())
-    })
+    ALL.get_or_init(|| Ok(builds::<2>("redis")?.into()))
 }
 
 /// The two adjacent releases, older first.
