@@ -113,6 +113,19 @@ pub enum FreezeError {
         /// Its name.
         comm: String,
     },
+    /// One of its threads does not stop.
+    #[error(
+        "process {pid}: thread {tid} did not stop in time ({doing}); nothing was changed. A thread in uninterruptible \
+         sleep (state D) stops once its call is over: try again then"
+    )]
+    NotStopping {
+        /// The pid.
+        pid: Pid,
+        /// The thread.
+        tid: Tid,
+        /// Its state, system call and signals.
+        doing: String,
+    },
     /// A ptrace operation failed.
     #[error("process {pid}: {source}")]
     Trace {
@@ -122,6 +135,23 @@ pub enum FreezeError {
         #[source]
         source: TraceError,
     },
+}
+
+/// For so long a process stands still for a thread that does not stop; then the others go on meanwhile.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// What there is to say of a thread that does not stop (proc(5)).
+fn not_stopping(pid: Pid, tid: Tid) -> FreezeError {
+    let read = |name| std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/{name}")).unwrap_or_default();
+    let status = Status(read("status"));
+    let [state, tracer, own, shared, blocked] =
+        ["State", "TracerPid", "SigPnd", "ShdPnd", "SigBlk"].map(|key| status.get(key));
+    let (wchan, call) = (read("wchan"), read("syscall"));
+    let doing = format!(
+        "state {state}, in {wchan}, call {}, traced by {tracer}, signals pending {own} and {shared}, blocked {blocked}",
+        call.split_whitespace().next().unwrap_or("?"),
+    );
+    FreezeError::NotStopping { pid, tid, doing }
 }
 
 /// What /proc/PID/status says.
@@ -250,13 +280,15 @@ impl Frozen {
     /// Stops whatever threads are not held yet.
     pub(crate) fn stop_all(&mut self, deadline: Instant) -> Result<(), FreezeError> {
         let pid = self.pid;
+        // Whoever holds threads already may not let them go.
+        let alone = self.threads.is_empty();
         self.since = Instant::now();
         loop {
-            let (mut fresh, mut dying) = (Vec::new(), false);
+            let (mut fresh, mut late, mut dying) = (Vec::new(), Vec::new(), false);
             // The leader last: see `release`.
-            let mut tids = tids(pid).map_err(|_| FreezeError::NoProcess { pid })?;
-            tids.sort_by_key(|t| t.0 == pid.0);
-            for tid in tids {
+            let mut listed = tids(pid).map_err(|_| FreezeError::NoProcess { pid })?;
+            listed.sort_by_key(|t| t.0 == pid.0);
+            for tid in listed {
                 if self.threads.iter().any(|t| t.tid() == tid) {
                     continue;
                 }
@@ -269,16 +301,26 @@ impl Frozen {
                 }
             }
             let found = !fresh.is_empty();
+            let soon = if alone { deadline.min(Instant::now() + PATIENCE) } else { deadline };
             for mut t in fresh {
-                match t.wait_event_stop(Some(deadline)) {
-                    Ok(Stop::Group(_)) => {
-                        let comm = Status::read(pid.0).map_or_else(String::new, |s| s.get("Name").to_owned());
-                        return Err(FreezeError::Stopped { pid, comm });
-                    }
-                    Ok(_) => self.threads.push(t),
-                    Err(TraceError::Gone { .. } | TraceError::Died { .. }) => dying = true,
-                    Err(source) => return Err(FreezeError::Trace { pid, source }),
+                match self.hold(&mut t, soon) {
+                    Err(FreezeError::NotStopping { .. }) if Instant::now() < deadline => late.push(t),
+                    Ok(true) => self.threads.push(t),
+                    Ok(false) => dying = true,
+                    Err(e) => return Err(e),
                 }
+            }
+            if !late.is_empty() {
+                // Nobody else waits for them: the others run until these have stopped, and are then stopped again.
+                self.leader_first();
+                self.release().map_err(|source| FreezeError::Trace { pid, source })?;
+                for mut t in late {
+                    if self.hold(&mut t, deadline)? {
+                        self.threads.push(t);
+                    }
+                }
+                self.since = Instant::now();
+                continue;
             }
             if found {
                 continue;
@@ -290,19 +332,41 @@ impl Frozen {
                 break;
             }
             if Instant::now() >= deadline {
-                return Err(FreezeError::Trace { pid, source: TraceError::Timeout { tid: Tid(pid.0) } });
+                let mut all = tids(pid).unwrap_or_default().into_iter();
+                let dying = all.find(|t| !self.threads.iter().any(|held| held.tid() == *t));
+                return Err(not_stopping(pid, dying.unwrap_or(Tid(pid.0))));
             }
             // The dying thread needs a processor, and we are above all others; it is not ours to wait for.
             std::thread::sleep(Duration::from_micros(20));
         }
-        // The leader first, then by age.
-        self.threads.sort_by_key(|t| (t.tid().0 != pid.0, t.tid()));
+        self.leader_first();
         if self.threads.first().is_none_or(|t| t.tid().0 != pid.0) {
             return Err(FreezeError::NoProcess { pid });
         }
         self.mem.refresh();
         self.vmas = None;
         Ok(())
+    }
+
+    /// Waits until a thread that was interrupted has stopped. `false`: it has ended.
+    fn hold(&self, t: &mut Tracee, deadline: Instant) -> Result<bool, FreezeError> {
+        let pid = self.pid;
+        match t.wait_event_stop(Some(deadline)) {
+            Ok(Stop::Group(_)) => {
+                let comm = Status::read(pid.0).map_or_else(String::new, |s| s.get("Name").to_owned());
+                Err(FreezeError::Stopped { pid, comm })
+            }
+            Ok(_) => Ok(true),
+            Err(TraceError::Gone { .. } | TraceError::Died { .. }) => Ok(false),
+            Err(TraceError::Timeout { tid }) => Err(not_stopping(pid, tid)),
+            Err(source) => Err(FreezeError::Trace { pid, source }),
+        }
+    }
+
+    /// The leader, then the others by age.
+    fn leader_first(&mut self) {
+        let leader = self.pid.0;
+        self.threads.sort_by_key(|t| (t.tid().0 != leader, t.tid()));
     }
 
     fn seize_error(&self, tid: Tid, e: TraceError) -> FreezeError {

@@ -100,6 +100,79 @@ fn a_copy_killed_from_outside_never_holds_up_its_parent() {
     assert_eq!(p.finish_ok().trim(), "bad 0 eintr 0");
 }
 
+/// vfork(2) sleeps uninterruptibly until the child has ended; the main thread says back what it is told.
+const VFORK: &str = r#"
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+static int p[2];
+static void *forks(void *a) {
+    char b;
+    if (vfork() == 0) { while (read(p[0], &b, 1) == 0); _exit(0); }
+    return a;
+}
+int main(void) {
+    char line[99]; pthread_t t;
+    pipe(p);
+    pthread_create(&t, NULL, forks, NULL);
+    puts("ready"); fflush(stdout);
+    while (fgets(line, sizeof line, stdin)) {
+        fputs(line, stdout); fflush(stdout);
+        if (*line == 'e') { write(p[1], "x", 1); pthread_join(t, NULL); }
+    }
+    return 0;
+}
+"#;
+
+fn other_thread(p: &Program) -> i32 {
+    let t = mcr_criu_lite::tids(Pid(p.pid())).unwrap().into_iter().find(|t| t.0 != p.pid()).unwrap();
+    p.wait_blocked(t.0, libc::SYS_vfork);
+    t.0
+}
+
+#[test]
+fn a_thread_that_cannot_stop_is_told_with_what_it_does() {
+    let mut p = Program::start(VFORK);
+    let (pid, stuck) = (p.pid(), other_thread(&p));
+    // In a thread of its own, with whose end the target's is let go.
+    let tried = std::thread::spawn(move || {
+        let timeout = Duration::from_millis(300);
+        Frozen::seize(Pid(pid), &FreezeOptions { timeout }).map(drop).unwrap_err()
+    });
+    let e = tried.join().unwrap();
+    let FreezeError::NotStopping { tid, doing, .. } = &e else { panic!("{e}") };
+    assert_eq!(tid.0, stuck);
+    assert!(doing.contains("state D") && doing.contains(&format!("call {},", libc::SYS_vfork)), "{e}");
+    p.tell("end");
+    assert_eq!(p.line(), "end");
+    p.tell("still there");
+    assert_eq!(p.finish_ok().trim(), "still there");
+}
+
+#[test]
+fn nobody_stands_still_for_a_thread_that_cannot_stop() {
+    let mut p = Program::start(VFORK);
+    let (pid, stuck) = (p.pid(), other_thread(&p));
+    let traced = |tid: i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap();
+        !status.lines().any(|l| l == "TracerPid:\t0")
+    };
+    let tried = std::thread::spawn(move || {
+        let timeout = Duration::from_secs(60);
+        Frozen::seize(Pid(pid), &FreezeOptions { timeout }).unwrap().threads().len()
+    });
+    while !traced(stuck) || traced(pid) {
+        std::thread::yield_now();
+    }
+    p.tell("there");
+    assert_eq!(p.line(), "there");
+    p.tell("end");
+    assert_eq!(p.line(), "end");
+    assert!((1..=2).contains(&tried.join().unwrap()));
+    p.tell("still there");
+    assert_eq!(p.finish_ok().trim(), "still there");
+}
+
 /// Threads that make threads that end at once: something is always being born or dying.
 const STORM: &str = r#"
 #include <pthread.h>

@@ -419,7 +419,8 @@ impl Tracee {
 
     fn try_detach(&mut self) -> Result<(), TraceError> {
         if self.state.is_none() {
-            self.stop(None)?;
+            // One that sleeps uninterruptibly cannot be detached: it is let go with the end of this thread.
+            self.stop(Some(Instant::now() + LAST_WAIT))?;
         }
         self.put_back()?;
         let sig = match self.state {
@@ -458,6 +459,9 @@ impl Tracee {
         move |source| TraceError::Memory { tid, source }
     }
 }
+
+/// For so long a thread that runs is waited for to be detached.
+const LAST_WAIT: Duration = Duration::from_secs(2);
 
 impl Drop for Tracee {
     fn drop(&mut self) {
