@@ -9,6 +9,7 @@ mod in_place;
 mod kv_update;
 mod memcached_update;
 mod net_move;
+mod nginx_update;
 mod ngircd_update;
 mod redis_update;
 mod restore_plain;
@@ -61,6 +62,7 @@ fn main() {
     cases.extend(redis_update::cases(args.list));
     cases.extend(memcached_update::cases(args.list));
     cases.extend(ngircd_update::cases(args.list));
+    cases.extend(nginx_update::cases(args.list));
     // SAFETY: geteuid(2) cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
     let trials = cases

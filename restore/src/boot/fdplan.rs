@@ -197,6 +197,9 @@ pub(super) struct FdPlan {
     bound: BTreeMap<i32, i32>,
     /// Numbers that old may have been started with: a start-up in an empty table has to count them as taken.
     inherited: BTreeSet<i32>,
+    /// Files of the new version that were moved out of the way: their numbers, to those that old's start-up had for
+    /// them.
+    aside: BTreeMap<i32, i32>,
     /// First number above all of old's.
     above: i32,
 }
@@ -221,7 +224,7 @@ impl FdPlan {
             old.entry(number).and_modify(|o| o.kind = Kind::Pair { kind });
         }
         let above = old.keys().next_back().map_or(3, |n| n + 1).max(3);
-        Self { old, bound: BTreeMap::new(), inherited: inherited(fds), above }
+        Self { old, inherited: inherited(fds), above, ..Self::default() }
     }
 
     /// Where a fresh object that the kernel put at `natural` has to move: `None`, it can stay. `taken` tells
@@ -230,29 +233,32 @@ impl FdPlan {
         if natural <= 2 {
             return None;
         }
-        // The number that it would have got beside the descriptors that old was started with.
-        let mut number = natural;
-        loop {
+        let free = |number: i32| {
             let old = self.old.get(&number);
             let same_file = matches!(kind, Kind::File { .. }) && old.is_some_and(|o| fits(kind, &o.kind));
             let passed = self.inherited.contains(&number) && !same_file;
-            if !passed && (number == natural || !taken(number)) {
-                break;
-            }
-            number += 1;
+            !passed && (number == natural || !taken(number))
+        };
+        // The number that it would have got beside the descriptors that old was started with; first as if the files
+        // that were moved away were where the kernel put them.
+        let beside = (natural..).find(|n| free(*n) && !self.aside.values().any(|a| a == n));
+        let alone = (natural..).find(|n| free(*n));
+        let fitting = |n: &i32| self.old.get(n).is_some_and(|o| fits(kind, &o.kind));
+        let number = [beside, alone].into_iter().flatten().find(fitting).or(alone).unwrap_or(natural);
+        if self.old.contains_key(&number) && !fitting(&number) {
+            return Some(self.above);
         }
-        match self.old.get(&number) {
-            Some(o) if !fits(kind, &o.kind) && !self.passes(kind, &o.kind, &taken) => Some(self.above),
-            _ => (number != natural).then_some(number),
-        }
+        (number != natural).then_some(number)
     }
 
-    /// Whether a fresh file may stay at the number of something that start-up makes later: it was open there while old
-    /// started, too. The same file is at another number in the end, and this one is not a connection's.
-    fn passes(&self, kind: &Kind, at: &Kind, taken: impl Fn(i32) -> bool) -> bool {
-        let later = |(n, o): (&i32, &OldFd)| *n > 2 && o.kind == *kind && !taken(*n);
-        let made_by_start_up = !matches!(at, Kind::Socket { connected: true, .. } | Kind::Other);
-        matches!(kind, Kind::File { .. }) && made_by_start_up && self.old.iter().any(later)
+    /// A fresh object was moved from `natural` to `to`, above all of old's numbers. A file may be open only for a
+    /// while, as it was when old started: until it is closed the numbers of others count it where it was.
+    pub(super) fn set_aside(&mut self, natural: i32, kind: &Kind, to: i32) {
+        if matches!(kind, Kind::File { .. }) && to >= self.above {
+            let held = |n: &i32| self.inherited.contains(n) || self.aside.values().any(|a| a == n);
+            let number = (natural..).find(|n| !held(n)).unwrap_or(natural);
+            self.aside.insert(to, number);
+        }
     }
 
     /// Where the second of two fresh objects has to move whose first the kernel put at `first`, a number that old was
@@ -298,10 +304,12 @@ impl FdPlan {
     /// The descriptor was closed or replaced.
     pub(super) fn forget(&mut self, fd: i32) {
         self.bound.remove(&fd);
+        self.aside.remove(&fd);
     }
 
     /// Another number for the same object.
     pub(super) fn duplicate(&mut self, from: i32, to: i32) {
+        self.aside.remove(&to);
         match self.bound.get(&from).copied() {
             Some(old) => self.bound.insert(to, old),
             None => self.bound.remove(&to),
@@ -378,25 +386,45 @@ mod tests {
         assert_eq!(p.relocation(7, &Kind::Other, free), None);
     }
 
-    /// A log that is opened first, kept while the start-up goes on, and closed when the real one is open.
+    /// A log that is opened first, kept while the start-up goes on, and closed when the real one is open: whether
+    /// that is the same file or another one.
     #[test]
     fn a_file_that_is_open_for_a_while_shifts_nothing() {
         let log = || Object::File(proto::File { dev: 1, ino: 9, ..Default::default() });
-        let p = FdPlan::new(&[
-            fd(3, Object::Epoll(proto::Epoll::default())),
-            proto::Fd { cloexec: true, ..fd(4, log()) },
-            fd(5, tcp(TCP_LISTEN, 7000)),
-            fd(6, tcp(1, 7000)),
-        ]);
-        let free = |_| false;
-        let file = Kind::File { dev: 1, ino: 9 };
-        assert_eq!(p.relocation(3, &file, free), None);
-        assert_eq!(p.relocation(4, &file, |n| n == 3), None);
-        assert_eq!(p.relocation(5, &SOCK, |n| matches!(n, 3 | 4)), None);
-        // One more of it has no place; and never one that is a client's.
-        assert_eq!(p.relocation(3, &file, |n| n == 4), Some(7));
-        assert_eq!(p.relocation(6, &file, free), Some(7));
-        assert_eq!(p.relocation(3, &Kind::File { dev: 1, ino: 8 }, free), Some(7));
+        for first in [8, 9] {
+            let mut p = FdPlan::new(&[
+                fd(3, Object::Epoll(proto::Epoll::default())),
+                proto::Fd { cloexec: true, ..fd(4, log()) },
+                fd(5, tcp(TCP_LISTEN, 7000)),
+                fd(6, tcp(1, 7000)),
+            ]);
+            let file = |ino| Kind::File { dev: 1, ino };
+            assert_eq!(p.relocation(3, &file(first), |_| false), Some(7));
+            p.set_aside(3, &file(first), 7);
+            // Something that is made and closed again where this one should be.
+            assert_eq!(p.relocation(3, &Kind::Epoll, |n| n == 7), None);
+            assert_eq!(p.relocation(3, &file(9), |n| n == 7), Some(4));
+            assert_eq!(p.relocation(3, &SOCK, |n| matches!(n, 4 | 7)), Some(5));
+            p.forget(7);
+            assert_eq!(p.relocation(3, &Kind::Epoll, |n| matches!(n, 4 | 5)), None);
+        }
+    }
+
+    /// What stays open is one that only the new version has: it shifts nothing, either.
+    #[test]
+    fn a_file_that_stays_shifts_nothing() {
+        let mut p =
+            FdPlan::new(&[fd(3, tcp(TCP_LISTEN, 7000)), fd(4, Object::Epoll(proto::Epoll::default()))]);
+        let file = Kind::File { dev: 1, ino: 8 };
+        assert_eq!(p.relocation(3, &file, |_| false), Some(5));
+        p.set_aside(3, &file, 5);
+        assert_eq!(p.relocation(3, &SOCK, |n| n == 5), None);
+        assert_eq!(p.relocation(4, &Kind::Epoll, |n| matches!(n, 3 | 5)), None);
+        // Others are not taken for what is open for a while only.
+        let mut p = FdPlan::new(&[fd(3, tcp(TCP_LISTEN, 7000)), fd(4, tcp(TCP_LISTEN, 7001))]);
+        assert_eq!(p.relocation(3, &Kind::EventFd, |_| false), Some(5));
+        p.set_aside(3, &Kind::EventFd, 5);
+        assert_eq!(p.relocation(3, &SOCK, |n| n == 5), None);
     }
 
     #[test]

@@ -263,10 +263,12 @@ impl<'a> Gate<'a> {
         if link.contains(".so.") || link.ends_with(".so") {
             return Ok(fd.into());
         }
-        let Some(above) = self.fds.relocation(fd, &kind, |n| host.fd_link(n).is_some()) else {
+        let Some(place) = self.fds.relocation(fd, &kind, |n| host.fd_link(n).is_some()) else {
             return Ok(fd.into());
         };
-        move_fd(host, tid, fd, above, cloexec)
+        let moved = move_fd(host, tid, fd, place, cloexec)?;
+        self.fds.set_aside(fd, &kind, moved as i32);
+        Ok(moved)
     }
 
     /// The two ends of a fresh pipe or pair.
