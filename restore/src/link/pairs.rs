@@ -145,6 +145,8 @@ pub struct Pairs<'a> {
     queue: VecDeque<(TypeId, Addr, Addr, Path, Evidence)>,
     candidates: FastMap<u64, Few<Claim>>,
     by_old: FastMap<u64, Few<(Addr, Evidence)>>,
+    /// From where on to their ends chunks were compared by [`Self::opaque`]: by end, delta and evidence.
+    compared: FastMap<(Addr, u64, Evidence), u64>,
     syncs: Vec<SyncPair>,
     sync_seen: FastSet<(u64, u64)>,
     paths: Paths<'a>,
@@ -174,6 +176,7 @@ impl<'a> Pairs<'a> {
             queue: VecDeque::new(),
             candidates: FastMap::with_capacity_and_hasher(few, Default::default()),
             by_old: FastMap::with_capacity_and_hasher(few, Default::default()),
+            compared: FastMap::default(),
             syncs: Vec::new(),
             sync_seen: FastSet::default(),
             paths: Paths::default(),
@@ -325,7 +328,15 @@ impl<'a> Pairs<'a> {
         if !(8..=MAX_OPAQUE).contains(&len) || o.end().0 != end.0.wrapping_add(delta) {
             return;
         }
-        let len = (len & !7) as usize;
+        // A pool has thousands of objects, and each of them leads here: what is behind all of them is compared once.
+        let ev = ev.max(Evidence::Opaque);
+        let done = self.compared.entry((end, delta, ev)).or_insert(end.0);
+        let until = (*done).min(from + (len & !7));
+        if from >= until {
+            return;
+        }
+        *done = from;
+        let len = (until - from) as usize;
         let (view, mut one, mut other) = (self.view, Vec::new(), Vec::new());
         let (Ok(n), Ok(o)) = (
             view.view(Addr(from), len, &mut one),
@@ -340,7 +351,7 @@ impl<'a> Pairs<'a> {
             // before what it leads to looks alike.
             if n != 0 && o != 0 && n != o && self.alike(Addr(n), Addr(o)) {
                 let path = self.paths.step(path, Step::Opaque(8 * i as u64));
-                self.pointer(TypeId::VOID, n, o, path, ev.max(Evidence::Opaque));
+                self.pointer(TypeId::VOID, n, o, path, ev);
             }
         }
     }
