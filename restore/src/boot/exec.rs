@@ -10,7 +10,8 @@ use super::ptrace;
 use super::stack::{self, InitialStack, StackSpec};
 use crate::link::Span;
 use mcr_image::elf::ElfFile;
-use mcr_image::{Addr, Memory, ModuleMap, Regs, Tid, proto};
+use mcr_image::{Addr, Memory, ModuleMap, Pid, Regs, Tid, proto};
+use nix::errno::Errno;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -337,7 +338,7 @@ impl Exec<'_, '_> {
             what: format!(
                 "the process cannot open {}: {}",
                 path.display(),
-                nix::errno::Errno::from_raw(-r as i32).desc()
+                Errno::from_raw(-r as i32).desc()
             ),
             next_step: "make the new binary readable for the server's user, at a path that exists in its root directory"
                 .into(),
@@ -430,28 +431,37 @@ impl Exec<'_, '_> {
         };
         let r = set(exe_fd)?;
         if r < 0 {
-            let e = nix::errno::Errno::from_raw(-r as i32);
+            let e = Errno::from_raw(-r as i32);
             let again = set(u64::from(u32::MAX))?;
             if again < 0 {
-                return Err(BootError::step(
-                    "prctl(PR_SET_MM_MAP)",
-                    nix::errno::Errno::from_raw(-again as i32),
-                ));
+                return Err(BootError::step("prctl(PR_SET_MM_MAP)", Errno::from_raw(-again as i32)));
             }
-            self.findings.push(super::host::finding(
-                "exe-link",
-                proto::Severity::Warning,
-                format!("/proc/PID/exe still names the old program ({e})"),
-                EXE_LINK,
-            ));
+            self.findings.extend(exe_link(self.host.pid, &self.spec.new_path, e));
         }
         Ok(mm)
     }
 }
 
-/// What a link to the old program means (prctl(2), PR_SET_MM_EXE_FILE; kernel/sys.c, prctl_set_mm_map).
-pub(crate) const EXE_LINK: &str = "nothing is wrong with the server, but tools that look at the link are misled; only a \
-    server that has CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN itself can change it";
+/// What it means that the kernel did not change the link to the program (prctl(2), PR_SET_MM_EXE_FILE; kernel/sys.c,
+/// prctl_set_mm_map). Nothing where it was the same program before.
+pub(crate) fn exe_link(pid: Pid, program: &Path, e: Errno) -> Option<proto::Finding> {
+    let link = std::fs::read_link(format!("/proc/{pid}/exe"));
+    if link.is_ok_and(|l| l == program) {
+        return None;
+    }
+    let next_step = match e {
+        Errno::EBUSY => {
+            "nothing is wrong with the server, but tools that look at the link are misled: memory that came \
+            from the old program's file stays in use"
+        }
+        _ => {
+            "nothing is wrong with the server, but tools that look at the link are misled; only a server that has \
+            CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN itself can change it"
+        }
+    };
+    let message = format!("/proc/PID/exe still names the old program ({e})");
+    Some(super::host::finding("exe-link", proto::Severity::Warning, message, next_step))
+}
 
 /// What PR_SET_MM_MAP is told about a program (prctl(2), struct prctl_mm_map).
 #[derive(Clone, Debug, Default)]

@@ -21,7 +21,7 @@ mod run;
 mod stack;
 
 pub use error::{BootError, Where};
-pub(crate) use exec::EXE_LINK;
+pub(crate) use exec::exe_link;
 pub use exec::{Fate, MmMap, fates};
 pub use host::Host;
 pub use ptrace::PtraceError;

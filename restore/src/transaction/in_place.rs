@@ -196,7 +196,7 @@ fn change(
         given.take_back(&mut Frozen::seize(pid, &FreezeOptions::default())?);
         return Err(UpdateError::TakenBack { pid, why: f.to_string() });
     }
-    findings.extend(afterwards(&plan, &done, exe_call));
+    findings.extend(afterwards(pid, &outcome.booted.new_path, &plan, &done, exe_call));
     let constants = inplace::leftovers::constants(process, &fates);
     Ok(Changed { list, patch, findings, constants })
 }
@@ -270,25 +270,26 @@ impl Given {
 }
 
 /// What did not succeed after the point of no return.
-fn afterwards(plan: &commit::CommitPlan, done: &commit::Outcome, exe_call: usize) -> Vec<proto::Finding> {
+fn afterwards(
+    pid: Pid,
+    program: &Path,
+    plan: &commit::CommitPlan,
+    done: &commit::Outcome,
+    exe_call: usize,
+) -> Vec<proto::Finding> {
     let mut findings = Vec::new();
     for (i, r) in done.after.iter().enumerate().filter(|(_, r)| (-4095..0).contains(*r)) {
         let errno = nix::errno::Errno::from_raw(-*r as i32);
+        if i == exe_call {
+            findings.extend(crate::boot::exe_link(pid, program, errno));
+            continue;
+        }
         let name = plan.after.get(i).and_then(|c| mcr_image::syscalls::name(c.nr)).unwrap_or("a call");
-        let (code, message, next) = if i == exe_call {
-            (
-                "exe-link",
-                format!("/proc/PID/exe still names the old program ({errno})"),
-                crate::boot::EXE_LINK,
-            )
-        } else {
-            ("clean-up", format!("{name} after the change: {errno}"), "some memory of the old version stays")
-        };
         findings.push(proto::Finding {
             severity: proto::Severity::Warning.into(),
-            code: code.into(),
-            message,
-            next_step: next.into(),
+            code: "clean-up".into(),
+            message: format!("{name} after the change: {errno}"),
+            next_step: "some memory of the old version stays".into(),
             ..Default::default()
         });
     }
