@@ -7,6 +7,7 @@ mod bad_input;
 mod house;
 mod in_place;
 mod kv_update;
+mod kv_workers;
 mod memcached_update;
 mod net_move;
 mod nginx_update;
@@ -56,6 +57,7 @@ fn main() {
     cases.extend(restore_plain::cases());
     cases.extend(net_move::cases());
     cases.extend(kv_update::cases());
+    cases.extend(kv_workers::cases());
     cases.extend(in_place::cases());
     cases.extend(trial::cases());
     cases.extend(bad_input::cases());

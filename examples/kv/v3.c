@@ -2,7 +2,7 @@
  * kv: a small key-value server with the habits of real ones. Version 3:
  * a renumbered enum, a struct split in two, a field gone, a second worker.
  *
- *   kv PORT LOGFILE
+ *   kv PORT LOGFILE [POLLERS]
  *
  * One line a request, one line a reply. Nothing in here knows about live update.
  */
@@ -31,6 +31,7 @@
 
 struct session;
 struct command;
+struct poller;
 typedef void (*reply_fn)(struct session *, const char *text);
 
 enum mode { MODE_QUIET, MODE_PLAIN, MODE_UPPER }; /* renumbered */
@@ -62,6 +63,8 @@ struct session {
 	reply_fn reply;
 	struct inbuf in;        /* was in, in_len, in_cap; `load` is gone */
 	uint64_t token;
+	struct poller *poller;  /* who serves it: NULL is main() */
+	struct session *peer;   /* the next one of that poller */
 };
 
 struct command {
@@ -111,6 +114,21 @@ struct thread_ctx {
 	unsigned long jobs;
 };
 
+struct logger {                 /* thread-specific; 40 bytes: fits where 32 did */
+	struct poller *owner;
+	unsigned long bytes_in, turns; /* turns was the poller's */
+	unsigned long requests, closed;
+};
+
+struct poller {                 /* one of several equal threads, in an array */
+	struct thread_ctx ctx;
+	struct session *sessions;
+	int nsessions, epfd;
+	struct logger *logger;
+	unsigned long gone, closed; /* requests of its closed sessions, and how many */
+	int astray;             /* it once had what belongs to another thread */
+};
+
 static struct entry *table[BUCKETS];
 static unsigned long nkeys;
 static struct session *sessions;
@@ -129,6 +147,13 @@ static char hidden[16] __attribute__((aligned(8))); /* two pointers that no type
 static __thread unsigned long thread_ops;
 static __thread struct thread_ctx *thread_ctx;
 static struct thread_ctx *contexts[4];
+
+static struct poller *pollers;
+static int npollers;            /* 0: main() serves the sessions */
+static pthread_barrier_t pollers_up;
+static pthread_key_t logger_key;
+static __thread struct poller *own_poller;
+static pthread_mutex_t data_lock = PTHREAD_MUTEX_INITIALIZER; /* everything but the jobs */
 
 static pthread_mutex_t job_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t job_ready = PTHREAD_COND_INITIALIZER;
@@ -421,6 +446,13 @@ static void cmd_jobs(struct session *s, char **argv)
 	replyf(s, "done=%lu sum=%ld", n, sum);
 }
 
+static void cmd_poller(struct session *s, char **argv)
+{
+	(void)argv;
+	int i = own_poller ? (int)(own_poller - pollers) : -1;
+	replyf(s, "poller=%d sessions=%d", i, own_poller ? own_poller->nsessions : nsessions);
+}
+
 static void cmd_version(struct session *s, char **argv)
 {
 	(void)argv;
@@ -436,7 +468,7 @@ static const struct command commands[] = {
 	{ "MODE", 1, cmd_mode },   { "WHOAMI", 0, cmd_whoami },   { "WORK", 1, cmd_work },
 	{ "JOBS", 0, cmd_jobs },   { "INFO", 0, cmd_info },       { "TICKS", 0, cmd_ticks },
 	{ "FLUSH", 0, cmd_flush }, { "CHURN", 1, cmd_churn },     { "VERSION", 0, cmd_version },
-	{ "SELFCHECK", 0, cmd_selfcheck },
+	{ "SELFCHECK", 0, cmd_selfcheck },                       { "POLLER", 0, cmd_poller },
 };
 #define NCOMMANDS (sizeof commands / sizeof *commands)
 
@@ -455,6 +487,18 @@ static int text_ok(const char *p)
 		if (p[i] < 32 || p[i] > 126)
 			return 0;
 	return 1;
+}
+
+static struct logger *own_logger(void)
+{
+	return pthread_getspecific(logger_key);
+}
+
+/* Does this thread have what is its own, and nobody else's? */
+static int at_home(const struct poller *p)
+{
+	return own_poller == p && thread_ctx == &p->ctx && pthread_equal(p->ctx.self, pthread_self()) &&
+	       own_logger() == p->logger && p->logger->owner == p && p->logger->requests == thread_ops;
 }
 
 /* Walks every structure and every relation between them. */
@@ -490,6 +534,20 @@ static const char *selfcheck(struct session *me)
 	}
 	CHECK(seen == nsessions);
 	CHECK(found);
+	for (const struct poller *p = pollers; p < pollers + npollers; p++) {
+		unsigned long mine = 0, requests = p->gone, bytes = 0;
+		for (struct session *t = p->sessions; t; t = t->peer, mine++) {
+			CHECK(t->poller == p);
+			requests += (unsigned long)t->nreq;
+			bytes += t->bytes_in;
+		}
+		CHECK(mine == (unsigned long)p->nsessions);
+		CHECK(p->logger->owner == p && p->logger->requests == requests && bytes <= p->logger->bytes_in);
+		CHECK(p->logger->closed == p->closed && !p->astray && !strcmp(p->ctx.role, "poller"));
+		seen -= (int)mine;
+	}
+	CHECK(!npollers || !seen);
+	CHECK(me->poller == own_poller && (!own_poller || at_home(own_poller)));
 	CHECK(config->nops == 3);
 	static const reply_fn replies[] = { [MODE_PLAIN] = reply_plain, [MODE_UPPER] = reply_upper,
 					    [MODE_QUIET] = reply_quiet };
@@ -503,7 +561,7 @@ static const char *selfcheck(struct session *me)
 	memcpy(p, hidden, sizeof p);
 	CHECK(p[0] == (void *)config);
 	CHECK(p[1] == (void *)cmd_get);
-	CHECK(thread_ctx == contexts[0] && !strcmp(thread_ctx->role, "main"));
+	CHECK((own_poller || thread_ctx == contexts[0]) && !strcmp(contexts[0]->role, "main"));
 	CHECK(pthread_equal(thread_ctx->self, pthread_self()));
 	CHECK(pthread_equal(contexts[1]->self, worker) && !strcmp(contexts[1]->role, "worker"));
 	CHECK(pthread_equal(second_context->self, second_worker));
@@ -527,6 +585,28 @@ static void cmd_selfcheck(struct session *s, char **argv)
 
 /* ---- sessions ---- */
 
+static void hand_over(struct session *s)
+{
+	struct poller *p = &pollers[s->id % npollers];
+	s->poller = p;
+	s->peer = p->sessions;
+	p->sessions = s;
+	p->nsessions++;
+}
+
+static void take_back(struct session *s)
+{
+	struct poller *p = s->poller;
+	struct session **at = &p->sessions;
+	while (*at != s)
+		at = &(*at)->peer;
+	*at = s->peer;
+	p->nsessions--;
+	p->gone += (unsigned long)s->nreq;
+	p->closed++;
+	own_logger()->closed++;
+}
+
 static void session_open(int fd)
 {
 	struct session *s = malloc(sizeof *s);
@@ -545,8 +625,10 @@ static void session_open(int fd)
 		sessions->prev = s;
 	sessions = s;
 	nsessions++;
+	if (npollers)
+		hand_over(s);
 	struct epoll_event ev = { .events = EPOLLIN, .data.ptr = s };
-	if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &ev))
+	if (epoll_ctl(s->poller ? s->poller->epfd : epoll_fd, EPOLL_CTL_ADD, fd, &ev))
 		die("epoll_ctl");
 	logline("session %d opened", s->id);
 }
@@ -562,6 +644,8 @@ static void session_close(struct session *s)
 	else
 		sessions = s->next;
 	nsessions--;
+	if (s->poller)
+		take_back(s);
 	free(s->name);
 	free(s->in.data);
 	free(s);
@@ -578,6 +662,8 @@ static void run_line(struct session *s, char *line)
 	s->nreq++;
 	requests_served++;
 	thread_ops++;
+	if (own_poller)
+		own_logger()->requests++;
 	for (size_t i = 0; i < NCOMMANDS; i++)
 		if (!strcasecmp(commands[i].name, argv[0])) {
 			if (argc - 1 < commands[i].args) {
@@ -601,6 +687,8 @@ static void session_ready(struct session *s)
 	}
 	s->in.len += (int)n;
 	s->bytes_in += (uint64_t)n;
+	if (own_poller)
+		own_logger()->bytes_in += (uint64_t)n;
 	char *nl;
 	while ((nl = memchr(s->in.data, '\n', (size_t)s->in.len))) {
 		*nl = 0;
@@ -647,6 +735,33 @@ static void *worker_main(void *arg)
 		njobs_done++;
 		thread_ctx->jobs++;
 		thread_ops++;
+	}
+	return NULL;
+}
+
+/* One of several equals: it serves the sessions that main() hands to it. */
+static void *poller_main(void *arg)
+{
+	struct poller *p = arg;
+	struct logger *l = xalloc(sizeof *l);
+	struct epoll_event events[16];
+	l->owner = p;
+	own_poller = p;
+	thread_ctx = &p->ctx;
+	pthread_setspecific(logger_key, l);
+	p->logger = l;
+	pthread_barrier_wait(&pollers_up);
+	for (;;) {
+		int n = epoll_wait(p->epfd, events, 16, -1);
+		if (n < 0 && errno != EINTR)
+			die("epoll_wait");
+		pthread_mutex_lock(&data_lock);
+		l->turns++;
+		for (int i = 0; i < n; i++) {
+			p->astray |= !at_home(p);
+			session_ready(events[i].data.ptr);
+		}
+		pthread_mutex_unlock(&data_lock);
 	}
 	return NULL;
 }
@@ -723,6 +838,21 @@ static void setup(int port, const char *logpath)
 	second_context->self = second_worker;
 }
 
+static void start_pollers(int n)
+{
+	pthread_key_create(&logger_key, free);
+	pollers = xalloc(sizeof *pollers * (size_t)n);
+	npollers = n;
+	pthread_barrier_init(&pollers_up, NULL, (unsigned)n + 1);
+	for (int i = 0; i < n; i++) {
+		pollers[i].ctx.role = "poller";
+		pollers[i].epfd = epoll_create1(EPOLL_CLOEXEC);
+		if (pthread_create(&pollers[i].ctx.self, NULL, poller_main, &pollers[i]))
+			die("pthread_create");
+	}
+	pthread_barrier_wait(&pollers_up);
+}
+
 __attribute__((noinline)) static void serve(struct loop *loop)
 {
 	for (;;) {
@@ -732,6 +862,7 @@ __attribute__((noinline)) static void serve(struct loop *loop)
 		loop->turns++;
 		turns++;
 		lost_turns |= loop->turns != turns;
+		pthread_mutex_lock(&data_lock);
 		for (int i = 0; i < n; i++) {
 			void *p = loop->events[i].data.ptr;
 			if (p == &listener || p == &ticker) {
@@ -742,17 +873,20 @@ __attribute__((noinline)) static void serve(struct loop *loop)
 				session_ready(p);
 			}
 		}
+		pthread_mutex_unlock(&data_lock);
 	}
 }
 
 int main(int argc, char **argv)
 {
-	if (argc != 3) {
-		fprintf(stderr, "usage: %s PORT LOGFILE\n", argv[0]);
+	if (argc != 3 && argc != 4) {
+		fprintf(stderr, "usage: %s PORT LOGFILE [POLLERS]\n", argv[0]);
 		return 2;
 	}
 	signal(SIGPIPE, SIG_IGN);
 	setup(atoi(argv[1]), argv[2]);
+	if (argc == 4)
+		start_pollers(atoi(argv[3]));
 	struct loop *loop = xalloc(sizeof *loop); /* the only pointer to it is this local */
 	loop->epfd = epoll_fd;
 	loop->cap = 64;

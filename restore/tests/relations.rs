@@ -101,6 +101,39 @@ fn i10_two_workers_exchanged_loggers_are_refused() {
     }
 }
 
+/// The thread-specific data of two equal threads: values that have an odd sequence number in front of them.
+fn exchange_specific_data(input: &LinkInput<'_>, list: &mut WriteList, _: &Prepared<'_>) {
+    let equal = |t: &&mcr_restore::link::NewThread| t.signature.iter().any(|f| f.contains("poller_main"));
+    let two: Vec<u64> = input.booted.threads.iter().filter(equal).map(|t| t.fs_base.0).take(2).collect();
+    assert_eq!(two.len(), 2, "there are equal threads");
+    let value = |off: &u64| {
+        let [(i, p), (j, q)] =
+            [two[0], two[1]].map(|t| (now(input, list, t + off - 8), now(input, list, t + off)));
+        i == j && i & 1 == 1 && i < 1 << 32 && p != q && p > 4096 && q > 4096
+    };
+    let values: Vec<u64> = (0x18..0x700).step_by(8).filter(value).collect();
+    assert_eq!(values.len(), 1, "each has one value: {values:x?}");
+    let (a, b) = (two[0] + values[0], two[1] + values[0]);
+    let (p, q) = (now(input, list, a), now(input, list, b));
+    put(input, list, a, q);
+    put(input, list, b, p);
+}
+
+/// The same with the bundled server, whose loggers move because they grow.
+#[test]
+fn i10_exchanged_specific_data_of_moved_objects_is_refused() {
+    let server = Server::start(&example("v1"), &["PORT", "LOG", "4"]);
+    let mut clients: Vec<Client> = (0..8).map(|_| server.connect()).collect();
+    assert!(clients.iter_mut().all(|c| c.ask("SELFCHECK").starts_with("OK")), "before");
+    let o = UpdateOptions { examine: Some(exchange_specific_data), ..rules("v2") };
+    let r = refusal(update(server.pid(), &example("v2"), &o).map(|r| r.pid).unwrap_err());
+    assert_eq!(r.invariant, "I10", "{r}");
+    assert!(r.message.contains("which is thread") && r.path.contains("struct pthread"), "{r}");
+    assert!(clients.iter_mut().all(|c| c.ask("SELFCHECK").starts_with("OK")), "the old server is unharmed");
+    let o = UpdateOptions { dry_run: true, ..rules("v2") };
+    update(server.pid(), &example("v2"), &o).unwrap_or_else(|e| panic!("unspoilt: {e}"));
+}
+
 /// Objects that only the stacks of two equal workers name.
 fn exchange_stacks(input: &LinkInput<'_>, list: &mut WriteList, prepared: &Prepared<'_>) {
     let heap = input.old_heap.unwrap();

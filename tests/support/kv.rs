@@ -37,14 +37,19 @@ pub struct Kv {
 
 impl Kv {
     pub fn start(v: u32) -> Kv {
-        Kv::start_by(Command::new(binary(v)))
+        Kv::start_by(Command::new(binary(v)), &[])
+    }
+
+    /// With that many equal threads that serve the sessions.
+    pub fn start_with_workers(v: u32, n: usize) -> Kv {
+        Kv::start_by(Command::new(binary(v)), &[n.to_string()])
     }
 
     /// With a variable in its environment.
     pub fn start_with(v: u32, name: &str, value: &std::ffi::OsStr) -> Kv {
         let mut cmd = Command::new(binary(v));
         cmd.env(name, value);
-        Kv::start_by(cmd)
+        Kv::start_by(cmd, &[])
     }
 
     /// Without address randomisation: the heap touches the program's bss then.
@@ -57,13 +62,13 @@ impl Kv {
                 Ok(())
             });
         }
-        Kv::start_by(cmd)
+        Kv::start_by(cmd, &[])
     }
 
-    fn start_by(mut cmd: Command) -> Kv {
+    fn start_by(mut cmd: Command, more: &[String]) -> Kv {
         let dir = super::scratch();
         let port = free_port();
-        let cmd = cmd.arg(port.to_string()).arg(dir.path().join("kv.log")).current_dir("/");
+        let cmd = cmd.arg(port.to_string()).arg(dir.path().join("kv.log")).args(more).current_dir("/");
         let server = Server::start(cmd, Some("ready"));
         Kv { server, port, dir }
     }

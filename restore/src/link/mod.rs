@@ -18,6 +18,7 @@ mod output;
 pub mod overlay;
 pub mod pairs;
 mod path;
+pub mod places;
 pub mod redirect;
 pub mod relations;
 mod scan;
@@ -34,9 +35,10 @@ use mcr_transform::heap::GlibcHeap;
 use mcr_transform::types::TypeModel;
 use overlay::Overlay;
 use pairs::{Evidence, Pairs, Side};
+use places::Places;
 use redirect::Redirect;
 use state::{State, Target};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Everything that `link` looks at.
 pub struct LinkInput<'a> {
@@ -103,13 +105,12 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
         sites: &sites,
         old_pid: process.pid,
     };
-    let moved: HashMap<u64, u64> =
-        patch.objects.iter().filter(|o| o.moved).map(|o| (o.old_addr, o.addr)).collect();
-    let translate_old = |a: u64| moved.get(&a).copied().unwrap_or(a);
+    let places = Places::of(patch);
+    let translate_old = |a: u64| places.find(a).unwrap_or(a);
     let streams = input.old_modules.libc().and_then(|m| libc::StreamSymbols::find(|n| m.symbol(n)));
 
     let mut pairs = Pairs::new(input.types, &view, &native_heap, old_heap, regions.clone());
-    walk(input, &layout, &sites, &translate_old, streams.as_ref(), &mut pairs)?;
+    walk(input, &layout, &sites, &places, streams.as_ref(), &mut pairs)?;
     let open = scan::frame_registers(input, &frames, &translate_old, &mut pairs);
 
     let mut state = State {
@@ -332,11 +333,13 @@ fn walk(
     input: &LinkInput<'_>,
     layout: &globals::Layout<'_>,
     sites: &locals::Sites,
-    translate_old: &impl Fn(u64) -> u64,
+    places: &Places,
     streams: Option<&libc::StreamSymbols>,
     pairs: &mut Pairs<'_>,
 ) -> Result<(), Refusal> {
     let (patch, booted) = (input.patch, input.booted);
+    // An old word whose place only types can tell is no evidence.
+    let translate_old = |a: u64| places.find(a).unwrap_or(0);
     for v in &patch.locals {
         let Some(t) = booted.thread_for(Tid(v.old_tid as i32)) else {
             continue;

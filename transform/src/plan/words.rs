@@ -366,6 +366,8 @@ pub(super) fn finish(
             type_name: new_name,
             old_type_name: old_name,
             count: c.count as u32,
+            old_stride: c.old_size,
+            stride: c.new_size,
             path: tracer.path(&o.via),
             moved: c.moved,
             relaid: true,
