@@ -55,12 +55,32 @@ impl Target {
         let mem = std::fs::File::open(format!("/proc/{}/mem", child.id())).expect("its memory");
         Self { child, lines: Vec::new(), mem }
     }
-    /// Stops a program that would go on by itself (a timer): plans are made of processes that stand still.
+    /// Stops a program that would go on by itself (a timer): plans are made of processes that stand still. Not
+    /// before each thread waits for something: one that has just answered may hold a lock still.
     pub fn stop(&self) {
         use nix::sys::wait::{WaitPidFlag, waitpid};
         let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).expect("it lives");
-        waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it stops");
+        loop {
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).expect("it lives");
+            waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it stops");
+            if self.rests() {
+                return;
+            }
+            self.go_on();
+        }
+    }
+    /// Whether all threads are in calls that wait (/proc/PID/task/TID/syscall: number, arguments, sp, pc).
+    fn rests(&self) -> bool {
+        let dir = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it lives");
+        dir.flatten().all(|t| {
+            let text = std::fs::read_to_string(t.path().join("syscall")).expect("it lives");
+            let mut words = text.split_whitespace();
+            let number = words.next().and_then(|n| n.parse().ok());
+            let args: Vec<u64> = words.take(6).map(|w| hex(w.trim_start_matches("0x"))).collect();
+            number
+                .zip(args.try_into().ok())
+                .is_some_and(|(n, args)| mcr_image::syscalls::is_resting(n, &args))
+        })
     }
     /// After [`Self::stop`].
     pub fn go_on(&self) {
