@@ -1,12 +1,11 @@
 //! The bundled server with four equal threads that have thread-specific data: two updates in place under load,
 //! every reply checked, and every thread asked whether it still has what is its own.
 
-use crate::support::kv::{Client, Kv, binary, rules};
+use crate::support::kv::{self, Client, Kv, binary, rules};
+use crate::support::servers::under_load;
 use crate::support::{Check, expect_mcr, reported_pid};
 use crate::{Case, ensure};
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 const WORKERS: usize = 4;
 const LOAD: usize = 6;
@@ -15,41 +14,11 @@ const RESTING: usize = 12;
 
 pub fn cases() -> Vec<Case> {
     let case = |round| {
-        Case::new(&format!("kv workers: v1 to v2 to v3 under load, round {round}"), || under_load(&[1, 2, 3]))
+        Case::new(&format!("kv workers: v1 to v2 to v3 under load, round {round}"), || through(&[1, 2, 3]))
     };
     let mut v: Vec<Case> = (1..=3).map(case).collect();
-    v.push(Case::new("kv workers: again and again to the same version", || under_load(&[2, 2, 2, 2])));
+    v.push(Case::new("kv workers: again and again to the same version", || through(&[2, 2, 2, 2])));
     v
-}
-
-/// What the clients of one server share.
-#[derive(Default)]
-struct Shared {
-    stop: AtomicBool,
-    replies: AtomicU64,
-}
-
-/// Counts as fast as it can. The server counts, too: a reply that is lost, doubled or another one's is seen at once.
-/// The longest wait for one reply.
-fn count(kv: &Kv, me: usize, shared: &Shared) -> Result<Duration, String> {
-    let mut c = kv.connect();
-    let (mut n, mut longest) = (0u64, Duration::ZERO);
-    let mut timed = |c: &mut Client, request: &str, reply: &str| -> Check {
-        let start = Instant::now();
-        c.expect(request, reply).map_err(|e| format!("client {me}: {e}"))?;
-        longest = longest.max(start.elapsed());
-        shared.replies.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    };
-    while !shared.stop.load(Ordering::Relaxed) {
-        n += 1;
-        timed(&mut c, &format!("SET counter{me} {me}.{n}"), "OK")?;
-        timed(&mut c, &format!("GET counter{me}"), &format!("{me}.{n}"))?;
-        timed(&mut c, &format!("HITS counter{me}"), &n.to_string())?;
-    }
-    let who = c.ask("WHOAMI")?;
-    ensure!(who.contains(&format!("nreq={} ", 3 * n + 1)), "client {me}: {n} rounds, and {who:?}");
-    Ok(longest)
 }
 
 fn tids(pid: i32) -> BTreeSet<i32> {
@@ -72,7 +41,7 @@ fn every_worker(resting: &mut [Client]) -> Check {
     Ok(())
 }
 
-fn under_load(versions: &[u32]) -> Check {
+fn through(versions: &[u32]) -> Check {
     let kv = Kv::start_with_workers(versions[0], WORKERS);
     // Connections that rest, with state of their own; sessions are numbered from 1 and dealt out in turn.
     let mut resting: Vec<Client> = Vec::new();
@@ -83,48 +52,19 @@ fn under_load(versions: &[u32]) -> Check {
         resting.push(c);
     }
     every_worker(&mut resting)?;
-    let shared = Shared::default();
-    std::thread::scope(|s| -> Check {
-        let load: Vec<_> = (0..LOAD)
-            .map(|me| {
-                s.spawn({
-                    let (kv, shared) = (&kv, &shared);
-                    move || count(kv, me, shared)
-                })
-            })
-            .collect();
-        // Every client has been answered, and each goes on.
-        let more = |n: u64| -> Check {
-            let until = shared.replies.load(Ordering::Relaxed) + n;
-            while shared.replies.load(Ordering::Relaxed) < until {
-                ensure!(!load.iter().any(|l| l.is_finished()), "a client has ended");
-                std::thread::yield_now();
-            }
-            Ok(())
-        };
-        let result = (|| -> Check {
+    under_load(
+        LOAD,
+        |me, load| kv::count(&kv, me, load),
+        |load| {
             for pair in versions.windows(2) {
-                more(100)?;
+                load.more(100)?;
                 step(&kv, &mut resting, pair[0], pair[1])?;
-                more(100)?;
+                load.more(100)?;
                 every_worker(&mut resting)?;
             }
             Ok(())
-        })();
-        shared.stop.store(true, Ordering::Relaxed);
-        let mut longest = Duration::ZERO;
-        let mut failed = Vec::new();
-        for l in load {
-            match l.join().map_err(|_| "a client panicked".to_owned())? {
-                Ok(d) => longest = longest.max(d),
-                Err(e) => failed.push(e),
-            }
-        }
-        ensure!(failed.is_empty(), "{}", failed.join("; "));
-        let replies = shared.replies.load(Ordering::Relaxed);
-        eprintln!("{versions:?}: {replies} replies, every one right; the longest wait {longest:?}");
-        result
-    })?;
+        },
+    )?;
     // Whoever comes is dealt out as before, and whoever goes is counted.
     for i in 0..8 {
         let mut c = kv.connect();

@@ -1,5 +1,6 @@
 //! The bundled server and its client.
 
+use super::servers::Load;
 use super::{Server, cc, free_port};
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -7,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Path of version `v` of the example, built once per test run.
 pub fn binary(v: u32) -> PathBuf {
@@ -114,4 +115,29 @@ impl Client {
         let got = self.ask(request)?;
         if got == reply { Ok(()) } else { Err(format!("{request}: expected {reply:?}, got {got:?}")) }
     }
+}
+
+/// Counts as fast as it can. The server counts, too: a reply that is lost, doubled or another one's is seen at once.
+/// The longest wait for one reply in µs.
+pub fn count(kv: &Kv, me: usize, load: &Load) -> Result<u64, String> {
+    let mut c = kv.connect();
+    let (mut n, mut longest) = (0u64, Duration::ZERO);
+    let mut timed = |c: &mut Client, request: &str, reply: &str| -> Result<(), String> {
+        let start = Instant::now();
+        c.expect(request, reply).map_err(|e| format!("client {me}: {e}"))?;
+        longest = longest.max(start.elapsed());
+        load.got(1);
+        Ok(())
+    };
+    while load.goes_on() {
+        n += 1;
+        timed(&mut c, &format!("SET counter{me} {me}.{n}"), "OK")?;
+        timed(&mut c, &format!("GET counter{me}"), &format!("{me}.{n}"))?;
+        timed(&mut c, &format!("HITS counter{me}"), &n.to_string())?;
+    }
+    let who = c.ask("WHOAMI")?;
+    if !who.contains(&format!("nreq={} ", 3 * n + 1)) {
+        return Err(format!("client {me}: {n} rounds, and {who:?}"));
+    }
+    Ok(longest.as_micros() as u64)
 }
