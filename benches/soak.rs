@@ -21,7 +21,7 @@ const CLIENTS: usize = 6;
 fn kib(pid: i32, name: &str) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_default();
-    line.split_whitespace().nth(1).and_then(|w| w.parse().ok()).unwrap_or(0)
+    line.split_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0)
 }
 
 /// Updates of one process, and what became of it.
