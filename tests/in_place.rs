@@ -12,6 +12,10 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("in place: a supervisor sees nothing", supervised as fn() -> Check),
         Case::new("in place: ten updates level off", generations),
+        Case::new(
+            "in place: ten updates level off, with an arena of malloc for each of four threads",
+            arenas,
+        ),
         Case::new("in place: mcr killed at random instants", killed),
         Case::new("in place: two updates at once", two_at_once),
         Case::new("in place: a debugger is attached", debugged),
@@ -101,6 +105,30 @@ fn generations() -> Check {
     ensure!(early.0 == late.0 && early.1 == late.1, "maps and VmSize go on growing: {sizes:?}");
     ensure!(late.2 * 10 <= early.2 * 11, "RSS goes on growing: {sizes:?}");
     load.go_on(&kv)
+}
+
+/// What each start-up's threads got from malloc goes with the next update but one.
+fn arenas() -> Check {
+    let mut kv = Kv::start_with_workers(2, 4);
+    let pid = kv.server.pid;
+    let mut clients: Vec<_> = (0..8).map(|_| kv.connect()).collect();
+    let mut sizes = Vec::new();
+    for round in 0..10 {
+        for (i, c) in clients.iter_mut().enumerate() {
+            c.expect(&format!("SET key{i} {round}"), "OK")?;
+        }
+        update(&mut kv, 2, 2, &[])?;
+        for (i, c) in clients.iter_mut().enumerate() {
+            c.expect(&format!("GET key{i}"), &round.to_string())?;
+            c.expect("SELFCHECK", "OK")?;
+        }
+        sizes.push((maps(pid), number(pid, "status", "VmSize"), number(pid, "status", "VmRSS")));
+    }
+    // One that is not dropped: nine mappings, and a reserve of 64 MiB for each thread.
+    let (early, late) = (sizes[4], sizes[9]);
+    ensure!(late.0 < early.0 + 9 && late.1 < early.1 + (64 << 10), "maps or VmSize go on growing: {sizes:?}");
+    ensure!(late.2 * 10 <= early.2 * 11, "RSS goes on growing: {sizes:?}");
+    Ok(())
 }
 
 /// Kills of `mcr`; more with MCR_TEST_KILLS.

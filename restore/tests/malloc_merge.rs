@@ -190,6 +190,7 @@ fn joined(
     let libc = |m: &&MapsLine| m.prot & 2 != 0 && String::from_utf8_lossy(&m.name).contains("libc.so");
     let info = heap.info();
     let input = MallocInput {
+        dropped: &[],
         heap: &info,
         booted: &booted,
         old: &old.mem,

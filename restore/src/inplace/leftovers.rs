@@ -40,13 +40,33 @@ pub fn present(spans: &[Span], vmas: &[proto::Vma]) -> Vec<Span> {
     out
 }
 
+/// HEAP_MAX_SIZE of glibc's malloc (malloc/arena.c): a thread's arena lies at the start of so many bytes, which are its
+/// own however few of them it uses.
+const ARENA: u64 = 64 << 20;
+
+/// Neighbours in one such range together: none of them goes alone.
+#[must_use]
+pub fn whole(mut spans: Vec<Span>) -> Vec<Span> {
+    spans.sort_unstable();
+    let mut out: Vec<Span> = Vec::new();
+    for s in spans {
+        match out.last_mut() {
+            Some(l) if l.end >= s.start && s.start.0 / ARENA == l.start.0 / ARENA => l.end = l.end.max(s.end),
+            _ => out.push(s),
+        }
+    }
+    out
+}
+
 /// Those of `candidates` that no word of `pages` or `registers` points into, at any byte offset and whatever
-/// its upper 16 bits; nor, in turn, a candidate that something points into.
+/// its upper 16 bits; nor, in turn, a candidate that something points into. The words at the places `links` say
+/// nothing.
 pub fn unreferenced(
     candidates: &[Span],
     memory: &dyn Memory,
     pages: &[Span],
     registers: &[u64],
+    links: &[Addr],
 ) -> Result<Vec<Span>, MemoryError> {
     let mut open = candidates.to_vec();
     open.sort_unstable();
@@ -65,11 +85,12 @@ pub fn unreferenced(
         let (Some(first), Some(last)) = (open.first(), open.last()) else { break };
         let (low, high) = (first.start.0, last.end.0);
         let bytes = memory.bytes(span.start, span.len() as usize)?;
-        for w in bytes.windows(8) {
+        for (w, at) in bytes.windows(8).zip(span.start.0..) {
             let word = u64::from_le_bytes([w[0], w[1], w[2], w[3], w[4], w[5], 0, 0]);
             if word >= low
                 && word < high
                 && let Some(i) = hit(word, &open)
+                && !links.contains(&Addr(at))
             {
                 todo.push(open.remove(i));
                 if open.is_empty() {
@@ -138,10 +159,28 @@ mod tests {
         put(0x5000, 0x6000); // from one that goes
         let memory = Flat(0x1000, bytes);
         let candidates: Vec<Span> = (2..7).map(|i| span(i << 12, (i + 1) << 12)).collect();
-        let gone = unreferenced(&candidates, &memory, &[span(0x1000, 0x7000)], &[]).unwrap();
+        let gone = unreferenced(&candidates, &memory, &[span(0x1000, 0x7000)], &[], &[]).unwrap();
         assert_eq!(gone, [span(0x5000, 0x6000), span(0x6000, 0x7000)]);
-        let gone = unreferenced(&candidates, &memory, &[span(0x1000, 0x7000)], &[0x5008]).unwrap();
+        let gone = unreferenced(&candidates, &memory, &[span(0x1000, 0x7000)], &[0x5008], &[]).unwrap();
         assert!(gone.is_empty(), "a register counts, and what it leads to: {gone:?}");
+        let links = [Addr(0x1003), Addr(0x3ff0)];
+        let gone = unreferenced(&candidates, &memory, &[span(0x1000, 0x7000)], &[], &links).unwrap();
+        assert_eq!(
+            gone,
+            [span(0x2000, 0x3000), span(0x4000, 0x5000), span(0x5000, 0x6000), span(0x6000, 0x7000)]
+        );
+    }
+
+    #[test]
+    fn an_arena_goes_as_a_whole() {
+        let m = ARENA;
+        let spans = vec![
+            span(m + 0x21000, 2 * m),
+            span(m, m + 0x21000),
+            span(2 * m, 2 * m + 0x1000),
+            span(0x1000, 0x2000),
+        ];
+        assert_eq!(whole(spans), [span(0x1000, 0x2000), span(m, 2 * m), span(2 * m, 2 * m + 0x1000)]);
     }
 
     #[test]

@@ -73,6 +73,8 @@ impl ArenaLayout {
 pub struct MallocInput<'a> {
     /// glibc's allocator as found in the old image.
     pub heap: &'a proto::HeapInfo,
+    /// Memory of old that goes, with the arenas in it: no thread uses them, and nothing points into them.
+    pub dropped: &'a [Span],
     /// The booted host.
     pub booted: &'a Booted,
     /// Old's memory, unpatched.
@@ -186,7 +188,8 @@ fn merge_unchecked(
     let mut report = MergeReport::default();
     close_boot_heap(input, layout, arena, out, &mut report)?;
 
-    let old_ring = ring(input.old, layout, arena, "old")?;
+    let mut old_ring = ring(input.old, layout, arena, "old")?;
+    old_ring.retain(|a| !input.dropped.iter().any(|d| d.contains(*a)));
     let new_ring = ring(input.host, layout, arena, "new")?;
     let extra_on_main = threads(input, layout, &old_ring, out, findings, &mut report)?;
 

@@ -64,6 +64,8 @@ pub struct LinkInput<'a> {
     pub new_elf: &'a ElfFile,
     /// Old's heap, where it has been read already.
     pub old_heap: Option<&'a GlibcHeap>,
+    /// Memory of old that goes: an arena of malloc in it is no longer one of the ring.
+    pub dropped: &'a [Span],
 }
 
 /// The write list that makes the booted host old's successor, or why there is none.
@@ -140,6 +142,7 @@ pub fn link(input: &LinkInput<'_>) -> Result<WriteList, Refusal> {
     let tls_offsets = malloc_offsets(input, &native_heap, &heap_info, layout.tls_offset);
     let merge = malloc::MallocInput {
         heap: &heap_info,
+        dropped: input.dropped,
         booted,
         old: input.old,
         host: input.host,

@@ -38,7 +38,8 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
     tracee.leak();
     let mut guard = Guard { host: Some(Host::attach(child)?), hidden: None };
     clock.lap("fork", true);
-    let old = Old { process, modules: &old_modules, memory: &*memory, patch: &patch, files: &files };
+    let old =
+        Old { process, modules: &old_modules, memory: &*memory, patch: &patch, files: &files, dropped: &[] };
     let (outcome, list) = make(guard.host()?, &old, (&programs, &prepared), options, &mut clock)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     clock.lap("apply", true);

@@ -44,13 +44,13 @@ pub(super) fn update(pid: Pid, new: &Path, options: &UpdateOptions) -> Result<Up
         match change(pid, &program, (&programs, &prepared), options, &mut rehearsal, &mut clock) {
             Err(UpdateError::Stale(s)) => last = Some(s),
             Err(e) => return Err(e),
-            Ok(Changed { list, patch, mut findings, constants }) => {
-                let Rehearsal { guard, outcome, history, unreferenced, .. } = rehearsal;
+            Ok(Changed { list, patch, mut findings, constants, dropped }) => {
+                let Rehearsal { guard, outcome, history, .. } = rehearsal;
                 drop(guard);
                 clock.lap("clean up", false);
                 let native = inplace::leftovers::native(&outcome);
                 let entry = entry(&patch, &clock, true).leaving(&native, &constants);
-                findings.extend(history.record(pid, entry, &unreferenced).err().map(not_recorded));
+                findings.extend(history.record(pid, entry, &dropped).err().map(not_recorded));
                 return Ok(report(pid, pid, false, clock, &outcome, list, patch, findings));
             }
         }
@@ -63,6 +63,7 @@ struct Changed {
     patch: proto::Patch,
     findings: Vec<proto::Finding>,
     constants: Vec<Span>,
+    dropped: Vec<Span>,
 }
 
 /// The threads rest where they did.
@@ -139,7 +140,9 @@ fn change(
     let fates = fates(&process.vmas, process, &modules, &memory);
     let booted = refreshed(outcome, process, &fates);
     let none = Files::new();
-    let old = Old { process, modules: &modules, memory: &memory, patch: &patch, files: &none };
+    let dropped = rehearsal.unreferenced.now(&memory);
+    let old =
+        Old { process, modules: &modules, memory: &memory, patch: &patch, files: &none, dropped: &dropped };
     let view = Laid { native: &booted.native, host: &host_memory, old: &memory };
     let list = join(&view, &booted, &outcome.modules, &old, Some(&heap), programs)?;
     clock.lap("link", true);
@@ -153,7 +156,7 @@ fn change(
         host: host.pid(),
         host_memory: &host_memory,
         list: &list,
-        unreferenced: &rehearsal.unreferenced,
+        unreferenced: &dropped,
         actions: &actions,
     };
     // The check looks at the same list, and needs nothing of the plan.
@@ -198,7 +201,7 @@ fn change(
     }
     findings.extend(afterwards(pid, &outcome.booted.new_path, &plan, &done, exe_call));
     let constants = inplace::leftovers::constants(process, &fates);
-    Ok(Changed { list, patch, findings, constants })
+    Ok(Changed { list, patch, findings, constants, dropped })
 }
 
 /// Memory that takes a while to read, and that the plan will look at as a whole.

@@ -69,6 +69,8 @@ pub(super) struct Old<'a> {
     pub(super) patch: &'a proto::Patch,
     /// Its open files; none where the host does not get them.
     pub(super) files: &'a Files<'a>,
+    /// Memory that goes with the update.
+    pub(super) dropped: &'a [Span],
 }
 
 /// Boots the new version in the host. `pid`: which one it is told to have. Also old's heap, read meanwhile.
@@ -142,6 +144,7 @@ fn input<'a>(
         types: &programs.types,
         new_elf: &programs.new,
         old_heap,
+        dropped: old.dropped,
     }
 }
 

@@ -44,7 +44,8 @@ pub fn restore_update(image: &Image, options: &UpdateOptions) -> Result<UpdateRe
         .iter()
         .filter_map(|fd| Some((fd.number, handed.files.by_ofd.get(&fd.ofd)?.as_fd())))
         .collect();
-    let old = Old { process, modules: &old_modules, memory: &memory, patch: &patch, files: &files };
+    let old =
+        Old { process, modules: &old_modules, memory: &memory, patch: &patch, files: &files, dropped: &[] };
     let (outcome, list) = make(guard.host()?, &old, (&programs, &prepared), options, &mut clock)?;
     let mut findings = lay(guard.host()?, &old, &outcome, &list)?;
     let host = guard.host()?;

@@ -6,10 +6,12 @@ use super::programs::{Programs, plan};
 use super::{History, UpdateError, UpdateOptions};
 use crate::boot::{BootOutcome, Fate, Host, fates};
 use crate::inplace::{leftovers, refreshed};
+use crate::link::malloc::ArenaLayout;
 use crate::link::{Span, WriteList};
 use mcr_criu_lite::{FreezeOptions, Frozen, ProcessMemory};
 use mcr_image::{Addr, Blocks, ElfFile, Memory, MemoryError, ModuleMap, Pid, ReadBlocks, Region, proto};
 use mcr_transform::Prepared;
+use mcr_transform::heap::GlibcHeap;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +31,7 @@ pub(super) struct Rehearsal {
     /// What was done to it before.
     pub(super) history: History,
     /// Memory that earlier updates left and that nothing points into.
-    pub(super) unreferenced: Vec<Span>,
+    pub(super) unreferenced: Unreferenced,
     /// What was read of the old process's memory as it was copied.
     pub(super) read: ReadBlocks,
 }
@@ -128,12 +130,19 @@ pub(super) fn rehearse(
     let memory = AsCopied::new(&process, &fates, child)?;
     let memory = Blocks::new(&memory);
     let history = History::load(pid);
-    let unreferenced = unreferenced(&history, &process, &memory, child)?;
     options.tell("planning");
-    let (patch, _) = plan(prepared, &process, &memory, &modules)?;
+    let (patch, heap) = plan(prepared, &process, &memory, &modules)?;
+    let unreferenced = Unreferenced::find(&history, &process, &memory, &heap, child)?;
     clock.lap("plan", false);
     let none = Files::new();
-    let old = Old { process: &process, modules: &modules, memory: &memory, patch: &patch, files: &none };
+    let old = Old {
+        process: &process,
+        modules: &modules,
+        memory: &memory,
+        patch: &patch,
+        files: &none,
+        dropped: &unreferenced.spans,
+    };
     options.tell("starting the new version on a copy");
     let (outcome, heap) = start(host, &old, programs, options, Some(pid))?;
     clock.parts(&outcome.phases, false);
@@ -198,29 +207,57 @@ fn copies(pid: Pid) -> impl Iterator<Item = Copy> {
     })
 }
 
-/// What earlier updates left and nothing points into: looked for in everything that the process has.
-fn unreferenced(
-    history: &History,
-    process: &proto::Process,
-    memory: &dyn Memory,
-    copy: Pid,
-) -> Result<Vec<Span>, UpdateError> {
-    let candidates = leftovers::present(&history.leftovers(), &process.vmas);
-    if candidates.is_empty() {
-        return Ok(candidates);
-    }
-    let mut pages = Vec::new();
-    for v in process.vmas.iter().filter(|v| v.prot & 1 != 0 && !v.name.starts_with("[v")) {
-        let shared = matches!(v.kind(), proto::VmaKind::VmaAnonShared | proto::VmaKind::VmaFileShared);
-        if shared {
-            pages.push(Span::new(Addr(v.start), Addr(v.end)));
-            continue;
+/// Memory that earlier updates left and that nothing in all of the process points into.
+#[derive(Default)]
+pub(super) struct Unreferenced {
+    pub(super) spans: Vec<Span>,
+    /// The arenas of malloc in it, as they were: their `struct malloc_state`.
+    arenas: Vec<(Addr, Vec<u8>)>,
+}
+
+impl Unreferenced {
+    fn find(
+        history: &History,
+        process: &proto::Process,
+        memory: &dyn Memory,
+        heap: &GlibcHeap,
+        copy: Pid,
+    ) -> Result<Self, UpdateError> {
+        let candidates = leftovers::whole(leftovers::present(&history.leftovers(), &process.vmas));
+        if candidates.is_empty() {
+            return Ok(Self::default());
         }
-        let own = mcr_criu_lite::own_pages(copy, Addr(v.start), Addr(v.end))
-            .map_err(|source| UpdateError::Memory { pid: copy, source })?;
-        pages.extend(own.into_iter().map(|(a, b)| Span::new(a, b)));
+        let mut pages = Vec::new();
+        for v in process.vmas.iter().filter(|v| v.prot & 1 != 0 && !v.name.starts_with("[v")) {
+            let shared = matches!(v.kind(), proto::VmaKind::VmaAnonShared | proto::VmaKind::VmaFileShared);
+            if shared {
+                pages.push(Span::new(Addr(v.start), Addr(v.end)));
+                continue;
+            }
+            let own = mcr_criu_lite::own_pages(copy, Addr(v.start), Addr(v.end))
+                .map_err(|source| UpdateError::Memory { pid: copy, source })?;
+            pages.extend(own.into_iter().map(|(a, b)| Span::new(a, b)));
+        }
+        let registers: Vec<u64> = process.threads.iter().flat_map(|t| t.regs.iter().copied()).collect();
+        let failed = |source| UpdateError::Copy { pid: copy, source };
+        // That it is one of the ring makes no use of an arena that no thread has.
+        let layout = heap.arenas.first().and_then(|main| ArenaLayout::detect(memory, main.addr));
+        let links: Vec<Addr> =
+            layout.iter().flat_map(|l| heap.arenas.iter().map(|a| a.addr.add(l.next()))).collect();
+        let spans =
+            leftovers::unreferenced(&candidates, memory, &pages, &registers, &links).map_err(failed)?;
+        let mut arenas = Vec::new();
+        for a in heap.arenas.iter().filter(|a| spans.iter().any(|s| s.contains(a.addr))) {
+            let len = layout.map_or(0, ArenaLayout::size);
+            arenas.push((a.addr, memory.bytes(a.addr, len).map_err(failed)?));
+        }
+        Ok(Self { spans, arenas })
     }
-    let registers: Vec<u64> = process.threads.iter().flat_map(|t| t.regs.iter().copied()).collect();
-    leftovers::unreferenced(&candidates, memory, &pages, &registers)
-        .map_err(|source| UpdateError::Copy { pid: copy, source })
+
+    /// What of it is so still: an arena may have been taken by a thread that wanted one.
+    pub(super) fn now(&self, memory: &dyn Memory) -> Vec<Span> {
+        let changed = |(at, was): &&(Addr, Vec<u8>)| memory.bytes(*at, was.len()).ok().as_ref() != Some(was);
+        let taken: Vec<Addr> = self.arenas.iter().filter(changed).map(|a| a.0).collect();
+        self.spans.iter().copied().filter(|s| !taken.iter().any(|a| s.contains(*a))).collect()
+    }
 }
