@@ -118,11 +118,14 @@ impl Evidence {
             Err(e) => text.push_str(&format!(" (no report.json: {})", e.message)),
         }
         let before = self.dir.join(BEFORE);
-        text + &format!(
-            "\nthe same update again, offline: mcr transform {} --to {}",
-            before.display(),
-            a.to.display()
-        )
+        let before = before.display();
+        if dead {
+            text.push_str(&format!(
+                "\nthe old version with its state before the update, without its connections: mcr restore {before} \
+                 --drop-connections"
+            ));
+        }
+        text + &format!("\nthe same update again, offline: mcr transform {before} --to {}", a.to.display())
     }
 }
 

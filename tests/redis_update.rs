@@ -1,10 +1,11 @@
 //! Redis between two real releases, unprepared: 100,000 keys of every type and fifty connections in the
 //! middle of what they were doing.
 
-use crate::support::redis::{Client, Redis, Reply, command, pair};
-use crate::support::{Check, Server, expect_mcr, reported_pid};
+use crate::support::redis::{Client, Redis, Reply, broken, command, pair};
+use crate::support::{Check, Server, expect_mcr, json, mcr, reported_pid};
 use crate::{Case, ensure};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 pub fn cases(listing: bool) -> Vec<Case> {
     // Fetching and building is for a run, not for a listing.
@@ -14,6 +15,7 @@ pub fn cases(listing: bool) -> Vec<Case> {
         Case::new("redis: to the next release through an image", || updated(Way::Image, 1)),
         Case::new("redis: to the next release live", || updated(Way::Live, 1)),
         Case::new("redis: three live updates in a row", || updated(Way::Live, 3)),
+        Case::new("redis: to a build that crashes on a request, under trial", crashes),
     ]
     .into_iter()
     .map(|c| c.skip_if(skip.clone()))
@@ -257,3 +259,49 @@ fn updated(way: Way, times: usize) -> Check {
     }
     s.stress(&r, &new, KEYS)
 }
+
+/// The new version is healthy until somebody asks for the fields of a string. What is told is that, and the old
+/// state is there to go on with.
+fn crashes() -> Check {
+    let (old, new) = (pair()?.0, broken()?.display().to_string());
+    let mut r = Redis::start(&old);
+    fill(&mut r.connect(), 1000)?;
+    let mut c = r.connect();
+    c.expect(&["SET", "text", "no hash"], "OK")?;
+    let before = c.ask(&["DEBUG", "DIGEST"])?.text();
+    c.expect(&["HMGET", "text", "field"], WRONG_TYPE)?;
+    let (pid, kept) = (r.server.pid, r.dir.path().join("kept"));
+    let engine = Command::new(mcr())
+        .args(["update", &pid.to_string(), "--to", &new, "--json", "--trial", "60"])
+        .args(["--health", "test -d /proc/$MCR_PID/fd", "--keep", &kept.display().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let exe = format!("/proc/{pid}/exe");
+    while r.server.alive() && std::fs::read_link(&exe).is_ok_and(|e| e != Path::new(&new)) {
+        std::thread::yield_now();
+    }
+    ensure!(c.ask(&["DEBUG", "DIGEST"])?.text() == before, "another digest");
+    c.send(&["HMGET", "text", "field"])?;
+    let out = engine.wait_with_output().map_err(|e| e.to_string())?;
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    ensure!(out.status.code() == Some(4), "expected exit 4, got {}: {said}", out.status);
+    // "Unknown hash encoding", and abort(3).
+    let image = kept.join("before.mcr").display().to_string();
+    for want in ["signal 6 (SIGABRT)".to_owned(), format!("mcr restore {image} --drop-connections")] {
+        ensure!(said.contains(&want), "no {want:?} in {said}");
+    }
+    let trial = &json(&out)?["trial"];
+    ensure!(trial["healthy"] == false && trial["seconds"] == 60.0, "trial: {trial}");
+    // What was kept is the old version as it was: its state goes on.
+    r.server.reap();
+    let done = expect_mcr(0, &["restore", &image, "--drop-connections", "--json"])?;
+    r.server.pid = reported_pid(&done)?;
+    let mut c = r.connect();
+    ensure!(c.ask(&["DEBUG", "DIGEST"])?.text() == before, "another digest after the restore");
+    c.expect(&["HMGET", "text", "field"], WRONG_TYPE)
+}
+
+const WRONG_TYPE: &str = "WRONGTYPE Operation against a key holding the wrong kind of value";
