@@ -128,7 +128,7 @@ fn record_locks_go_with_the_update() {
 fn grows_by_one(inherited: &[(RawFd, RawFd)], name: &str, extra: &str) {
     let new = build_source("boot_server.c", &format!("extra-{name}"), &[&format!("-DEXTRA={extra}")]);
     // The lowest number that is free lies between those that are used, or behind them.
-    for gap in [true, false] {
+    for (gap, new_pid) in [(true, false), (false, false), (true, true), (false, true)] {
         let server = Server::start_with(&plain(), &["PORT"], inherited);
         let own = |links: &BTreeMap<i32, String>| {
             links
@@ -149,12 +149,14 @@ fn grows_by_one(inherited: &[(RawFd, RawFd)], name: &str, extra: &str) {
         let mut a = connected();
         drop(before_it);
         let before = has(2);
-        let r = update(server.pid(), &new, &options()).unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
+        let r = update(server.pid(), &new, &UpdateOptions { new_pid, ..options() });
+        let r = r.unwrap_or_else(|e| panic!("{inherited:?}: {e}"));
+        let _new = new_pid.then(|| support::Reaper(r.pid));
         let after = support::links(r.pid);
         assert_eq!(a.ask("PING"), "PONG", "{before:?} {after:?}");
         assert_eq!(server.connect().ask("PING"), "PONG", "{before:?} {after:?}");
         for (n, link) in &before {
-            assert_eq!(after.get(n), Some(link), "{before:?} {after:?}");
+            assert_eq!(after.get(n), Some(link), "new pid: {new_pid}; {before:?} {after:?}");
         }
         let more: Vec<_> = after.iter().filter(|(n, _)| !before.contains_key(n)).collect();
         let [(number, link)] = more[..] else { panic!("{before:?} {after:?}") };
