@@ -1,7 +1,7 @@
 //! Pointers and values that the kernel keeps: epoll registrations, interval timers. Robust lists,
 //! clear_child_tid, rseq and signal stacks are new's own: libc registered them for the new threads.
 
-use super::input::Booted;
+use super::input::{Booted, FdMatch};
 use super::output::{KernelCall, Refusal};
 use mcr_image::{Fd, Tid, proto};
 use std::collections::{BTreeMap, HashMap};
@@ -51,9 +51,11 @@ pub fn epolls(
                     Some(c) => c.new_data,
                     None => w.data,
                 };
-                let number =
-                    booted.fds.iter().find(|m| m.old_fd.0 as u32 == w.fd).map_or(w.fd, |m| m.new_fd.0 as u32);
-                wanted.insert(number, (w.events, data));
+                if let Some(m) = booted.fds.iter().find(|m| m.old_fd.0 as u32 == w.fd && m.new_fd != m.old_fd)
+                {
+                    return Err(ambiguous(old_fd, m));
+                }
+                wanted.insert(w.fd, (w.events, data));
             }
         }
         for (fd, w) in &native {
@@ -93,6 +95,19 @@ pub fn epolls(
         }
     }
     Ok(())
+}
+
+/// A watch is known by one number only (epoll_ctl(2)): whoever changes it by the other one later fails.
+fn ambiguous(epoll: Fd, m: &FdMatch) -> Refusal {
+    Refusal::new(
+        "I2",
+        format!(
+            "{} is descriptor {} in the old version, where epoll {epoll} watches it, and {} in the new one: its watch \
+             can have one of these numbers only",
+            m.what, m.old_fd, m.new_fd
+        ),
+        "let the new version open its descriptors in the order of the old one",
+    )
 }
 
 fn delete(epoll: Fd, fd: u32) -> KernelCall {
@@ -156,7 +171,7 @@ pub fn differences(process: &proto::Process, booted: &Booted, findings: &mut Vec
 
 #[cfg(test)]
 mod tests {
-    use super::super::input::{BootEpoll, FdMatch};
+    use super::super::input::BootEpoll;
     use super::*;
 
     fn watch(fd: u32, data: u64) -> proto::EpollWatch {
@@ -189,7 +204,7 @@ mod tests {
             ],
             ..proto::Patch::default()
         };
-        let booted = Booted {
+        let mut booted = Booted {
             epolls: vec![BootEpoll {
                 fd: Fd(4),
                 old_fd: Some(Fd(4)),
@@ -220,5 +235,10 @@ mod tests {
                 ctl(EPOLL_CTL_MOD, 9, 1, 0x44),
             ]
         );
+        // One of the watched has another number.
+        booted.fds.push(FdMatch { new_fd: Fd(12), old_fd: Fd(7), ..FdMatch::default() });
+        let refused =
+            epolls(&process, &patch, &booted, |_| Ok(0), |_| None, &mut calls, &mut findings).unwrap_err();
+        assert_eq!(refused.invariant, "I2");
     }
 }
