@@ -1,5 +1,6 @@
 //! `cargo bench`: what an update and a checkpoint cost, measured side by side in one run. Ratios and medians;
-//! phases in microseconds. `cargo bench -- quick` leaves out the large sizes.
+//! phases in microseconds. `cargo bench -- quick` leaves out the large sizes, `cargo bench -- throughput` what is not
+//! named so.
 #![allow(missing_docs)]
 
 #[path = "../tests/support/mod.rs"]
@@ -275,7 +276,12 @@ fn main() {
         ("throughput after an update", |_| throughput()),
         ("dump and restore", dumps),
     ];
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|a| !a.starts_with("--") && a != "quick").collect();
     for (name, run) in parts {
+        if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
+            continue;
+        }
         println!("== {name}");
         if let Err(e) = run(quick) {
             println!("not measured: {e}");

@@ -20,7 +20,7 @@ pub struct FreezeOptions {
 
 impl Default for FreezeOptions {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(5) }
+        Self { timeout: Duration::from_secs(20) }
     }
 }
 
