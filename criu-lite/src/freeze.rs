@@ -140,6 +140,9 @@ pub enum FreezeError {
 /// For so long a process stands still for a thread that does not stop; then the others go on meanwhile.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// After a deadline.
+const GRACE: Duration = Duration::from_millis(50);
+
 /// What there is to say of a thread that does not stop (proc(5)).
 fn not_stopping(pid: Pid, tid: Tid) -> FreezeError {
     let read = |name| std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/{name}")).unwrap_or_default();
@@ -351,7 +354,12 @@ impl Frozen {
     /// Waits until a thread that was interrupted has stopped. `false`: it has ended.
     fn hold(&self, t: &mut Tracee, deadline: Instant) -> Result<bool, FreezeError> {
         let pid = self.pid;
-        match t.wait_event_stop(Some(deadline)) {
+        let mut stop = t.wait_event_stop(Some(deadline));
+        if matches!(stop, Err(TraceError::Timeout { .. })) {
+            // Where the machine itself stood still (a guest that got no processor), nobody else had that time, either.
+            stop = t.wait_event_stop(Some(Instant::now() + GRACE));
+        }
+        match stop {
             Ok(Stop::Group(_)) => {
                 let comm = Status::read(pid.0).map_or_else(String::new, |s| s.get("Name").to_owned());
                 Err(FreezeError::Stopped { pid, comm })
