@@ -180,6 +180,10 @@ fn killed(workers: usize, step: impl Fn(u64) -> u64) -> u64 {
         assert!(!end.done || t.new != was, "{what}");
         *(if t.new == was { &mut stays } else { &mut changes }) += 1;
         done += u32::from(end.done);
+        if (stays + changes) % 200 == 0 {
+            // Not through the test harness, which keeps it until the end.
+            let _ = writeln!(std::io::stderr(), "{what}: {stays} as before, {changes} changed so far");
+        }
         // The pause and the commit are in the last third.
         n += if n > whole.calls * 2 / 3 { step.div_ceil(3) } else { step };
     }
@@ -193,12 +197,19 @@ fn killed(workers: usize, step: impl Fn(u64) -> u64) -> u64 {
 }
 
 /// Rounds of a normal run; MCR_FAULT_STEP=1 kills before every call.
+fn killed_by_steps(workers: usize) {
+    let given: Option<u64> = std::env::var("MCR_FAULT_STEP").ok().and_then(|v| v.parse().ok());
+    killed(workers, |calls| given.unwrap_or((calls / 9).max(1)));
+}
+
 #[test]
 fn an_engine_killed_before_its_calls_leaves_old_or_new() {
-    let given: Option<u64> = std::env::var("MCR_FAULT_STEP").ok().and_then(|v| v.parse().ok());
-    for workers in [0, 3] {
-        killed(workers, |calls| given.unwrap_or((calls / 9).max(1)));
-    }
+    killed_by_steps(0);
+}
+
+#[test]
+fn an_engine_killed_before_its_calls_leaves_four_threads_old_or_new() {
+    killed_by_steps(3);
 }
 
 #[test]
