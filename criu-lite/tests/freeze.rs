@@ -173,6 +173,29 @@ fn nobody_stands_still_for_a_thread_that_cannot_stop() {
     assert_eq!(p.finish_ok().trim(), "still there");
 }
 
+/// What an engine that is killed leaves in the target, the next one takes out; nothing else that looks like it.
+#[test]
+fn an_agent_that_was_left_is_taken_out() {
+    let p = Program::start(MANY);
+    let maps = || std::fs::read_to_string(format!("/proc/{}/maps", p.pid())).unwrap();
+    let before = maps();
+    for (capacity, data) in [(8, 0), (2048, 256 << 10), (8, 100)] {
+        let mut f = seize(p.pid()).unwrap();
+        f.leader().map_agent(capacity, data).unwrap();
+        f.thaw().unwrap();
+    }
+    // Code of its own, as a compiler at run time makes it.
+    let mut f = seize(p.pid()).unwrap();
+    let args = [0, 8192, (libc::PROT_READ | libc::PROT_EXEC) as u64, 0x22, u64::MAX, 0];
+    let own = f.leader().syscall(libc::SYS_mmap, &args).unwrap();
+    assert!(maps().lines().count() > before.lines().count() + 3);
+    assert_eq!(mcr_criu_lite::tracee::commit::sweep(&mut f).unwrap(), 0x2000 + 0x61000 + 0x3000);
+    f.leader().syscall(libc::SYS_munmap, &[own, 8192]).unwrap();
+    f.thaw().unwrap();
+    assert_eq!(maps(), before);
+    assert_eq!(p.finish_ok().trim(), "bad 0 eintr 0");
+}
+
 /// Threads that make threads that end at once: something is always being born or dying.
 const STORM: &str = r#"
 #include <pthread.h>

@@ -10,6 +10,7 @@
 
 use super::inject::ALL_SIGNALS;
 use super::{Kind, Resume, Stop, TraceError, Tracee, ptrace};
+use crate::procfs::maps::MapsLine;
 use mcr_image::{Addr, Memory};
 use nix::errno::Errno;
 
@@ -73,6 +74,50 @@ fn blob() -> &'static [u8] {
         let (s, e) = (&raw const mcr_agent_start, &raw const mcr_agent_end);
         std::slice::from_raw_parts(s, e.offset_from_unsigned(s))
     }
+}
+
+/// Where the code page says how long its area is.
+const LENGTH_AT: usize = 4096 - 8;
+
+/// The code page of an area of so many bytes: whoever finds it knows what it is.
+fn code_page(len: u64) -> Vec<u8> {
+    let mut page = blob().to_vec();
+    page.resize(LENGTH_AT, 0);
+    page.extend_from_slice(&len.to_le_bytes());
+    page
+}
+
+/// Areas in these mappings, of engines that were killed: start and end.
+pub(super) fn abandoned(maps: &[MapsLine], mem: &dyn Memory) -> Vec<(Addr, Addr)> {
+    // More code than this at once is somebody else's.
+    const MOST: u64 = 4 << 20;
+    let anonymous = |m: &MapsLine| !m.shared && m.ino == 0 && m.name.is_empty();
+    let executable = (libc::PROT_READ | libc::PROT_EXEC) as u32;
+    let covered = |start: Addr, end: Addr| {
+        let mut at = start;
+        for m in maps.iter().filter(|m| anonymous(m) && m.start <= end) {
+            if m.start <= at && at < m.end {
+                at = m.end;
+            }
+        }
+        at >= end
+    };
+    let mut out: Vec<(Addr, Addr)> = Vec::new();
+    for m in maps.iter().filter(|m| anonymous(m) && m.prot == executable && m.end.since(m.start) <= MOST) {
+        let mut at = m.start;
+        while at < m.end {
+            let page = mem.bytes(at, 4096).unwrap_or_default();
+            let len = page.get(LENGTH_AT..).and_then(|l| l.try_into().ok()).map_or(0, u64::from_le_bytes);
+            let ours = len > 4096 && len <= MOST && len.is_multiple_of(4096) && page == code_page(len);
+            if ours && covered(at, at.add(len)) {
+                out.push((at, at.add(len)));
+                at = at.add(len);
+            } else {
+                at = at.add(4096);
+            }
+        }
+    }
+    out
 }
 
 /// One system call of a batch.
@@ -203,7 +248,7 @@ impl Tracee {
         let area = Area { code: Addr(code), len, capacity, data: Addr(code + 4096 + table), quiet };
         let made = self
             .mem
-            .write(area.code, blob())
+            .write(area.code, &code_page(len))
             .map_err(self.mem_error())
             .and_then(|()| self.syscall(libc::SYS_mprotect, &[code + 4096, len - 4096, rw as u64]));
         match made {

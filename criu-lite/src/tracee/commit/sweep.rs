@@ -2,7 +2,7 @@
 
 use super::area::NAME;
 use crate::procfs::maps::MapsLine;
-use crate::tracee::{Resume, Stop};
+use crate::tracee::{Resume, Stop, agent};
 use crate::{Frozen, TraceError};
 use mcr_image::{Addr, Memory, Tid};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ const TURN: Duration = Duration::from_millis(2);
 /// How much of a stack is searched for a return into a stub.
 const STACK: usize = 32 * 1024;
 
-/// A mapping of a staging area.
+/// A mapping of a staging area, or (inode 0) an agent's.
 #[derive(Clone, Copy)]
 struct Area {
     ino: u64,
@@ -35,22 +35,26 @@ fn areas(maps: &[MapsLine]) -> Vec<Area> {
 
 /// Drops staging areas that nobody needs any more from a frozen process: that of a finished commit (a thread
 /// cannot unmap what it stands on), and that of an engine which was killed while it staged, with its
-/// descriptor. An area that a thread may still return to, from a signal handler, is left for the next time.
+/// descriptor; and the agents of engines that were killed. An area that a thread may still return to, from a signal handler, is left for the next time.
 /// Returns the number of bytes dropped.
 pub fn sweep(frozen: &mut Frozen) -> Result<u64, TraceError> {
     let pid = frozen.pid();
     let maps = frozen.memory().maps();
     let maps = maps.map_err(|source| TraceError::Proc { path: format!("/proc/{pid}/maps"), source })?;
-    let (areas, fds) = (areas(&maps), descriptors(frozen));
+    let (mut areas, fds) = (areas(&maps), descriptors(frozen));
+    let agents = agent::abandoned(&maps, frozen.memory().as_ref());
+    areas.extend(agents.into_iter().map(|(start, end)| Area { ino: 0, start, end }));
     if areas.is_empty() && fds.is_empty() {
         return Ok(0);
     }
     let_out(frozen, &areas)?;
-    let needed: Vec<u64> =
-        areas.iter().filter(|a| frozen.threads().iter().any(|t| returns_to(t, **a))).map(|a| a.ino).collect();
+    // The mappings of one staging area go together.
+    let same = |a: &Area, b: &Area| if a.ino == 0 { a.start == b.start } else { a.ino == b.ino };
+    let needed: Vec<Area> =
+        areas.iter().filter(|a| frozen.threads().iter().any(|t| returns_to(t, **a))).copied().collect();
     frozen.share_site()?;
     let mut dropped = 0;
-    for a in areas.iter().filter(|a| !needed.contains(&a.ino)) {
+    for a in areas.iter().filter(|a| !needed.iter().any(|n| same(n, a))) {
         let len = a.end.since(a.start);
         frozen.leader().syscall(libc::SYS_munmap, &[a.start.0, len])?;
         dropped += len;
